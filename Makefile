@@ -1,0 +1,22 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.installed
+
+demo: $(SETUP)
+	$(BIN)/minibert demo
+
+test: $(SETUP)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: $(SETUP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# the marker is newer than what it was installed from, so a second call installs nothing
+$(SETUP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("minibert needs Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.PHONY: demo test lint

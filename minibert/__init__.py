@@ -1,0 +1,17 @@
+"""minibert: BERT from scratch in PyTorch, with its own Triton kernels."""
+
+from .batch import Batch
+from .config import BertConfig
+from .data.tokenizer import Tokenizer
+from .model import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+
+__version__ = "0.1.0"
+__all__ = [
+    "Batch",
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForSequenceClassification",
+    "BertModel",
+    "Tokenizer",
+]

@@ -1,0 +1,162 @@
+"""The packed batch: tokens of many sequences in one row, with the borders beside them."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROW_SHIFT = 20  # a token's dropout counter is seq_id << 20 | position: 1 M positions a sequence
+IGNORE = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """T packed tokens of B sequences. Lengths stay on the host, so that no step has to ask the device for them.
+
+    input_ids, token_type_ids, positions: [T] int64.
+    cu_seqlens: [B + 1] int32, sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
+    lengths: B host integers.
+    seq_ids: [B] int64, names each sequence whatever batch it sits in: dropout is keyed on it.
+    mlm_rows, mlm_labels: [M] int64, the tokens to predict and what they were.
+    nsp_labels: [B] int64, 0 where B follows A, 1 where it is random (Hugging Face's order).
+    labels: [B] int64 classes, [B] float targets (regression) or [B, num_labels] float (multi-label).
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    seq_ids: Tensor
+    mlm_rows: Tensor | None = None
+    mlm_labels: Tensor | None = None
+    nsp_labels: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def max_seqlen(self) -> int:
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[T] int64: one counter a token, the same in every batch."""
+        lengths = self.cu_seqlens.diff()
+        seq_ids = torch.repeat_interleave(self.seq_ids, lengths, output_size=self.num_tokens)
+        return seq_ids << ROW_SHIFT | self.positions
+
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """[B] int64: where each sequence's [CLS] lies."""
+        return self.cu_seqlens[:-1].long()
+
+    def to(self, device) -> "Batch":
+        """The same batch on another device; copies do not wait for each other."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        names = {field.name for field in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: value for name, value in moved.items() if name in names})
+
+
+def pack(
+    sequences: Sequence[Sequence[int]],
+    token_type_ids: Sequence[Sequence[int]] | None = None,
+    *,
+    seq_ids: Sequence[int] | None = None,
+    **targets: Tensor,
+) -> Batch:
+    """Lay sequences of token ids end to end.
+
+    Args:
+        sequences: B lists or arrays of ids; an empty one is allowed.
+        token_type_ids: the same shape, or None for all zero.
+        seq_ids: B integers that name the sequences; 0, 1, 2, … where None.
+        targets: mlm_rows, mlm_labels, nsp_labels or labels, passed through.
+    Raises:
+        ValueError: token_type_ids or seq_ids do not fit the sequences.
+    """
+    lengths = tuple(len(sequence) for sequence in sequences)
+    seq_ids = range(len(lengths)) if seq_ids is None else seq_ids
+    if len(seq_ids) != len(lengths):
+        raise ValueError(f"seq_ids names {len(seq_ids)} sequences, got {len(lengths)}")
+    ids = _concatenate(sequences)
+    if token_type_ids is None:
+        types = np.zeros_like(ids)
+    else:
+        if tuple(len(types) for types in token_type_ids) != lengths:
+            raise ValueError("token_type_ids do not have the lengths of the sequences")
+        types = _concatenate(token_type_ids)
+    positions = _concatenate([np.arange(length) for length in lengths])
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        token_type_ids=torch.from_numpy(types),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        lengths=lengths,
+        seq_ids=torch.from_numpy(np.asarray(seq_ids, dtype=np.int64)),
+        **targets,
+    )
+
+
+def pack_padded(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> tuple[Batch, Tensor]:
+    """The Hugging Face layout, [B, S] with a 0/1 mask, to a packed batch and the bool mask [B, S] of its tokens.
+
+    Real tokens may lie anywhere in a row (left padding works); each keeps the position it had in the row, as in
+    Hugging Face. Reads the mask on the host, once.
+    Raises:
+        ValueError: a shape differs from input_ids', or the mask is not of 0 and 1.
+    """
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}: expected [batch, length]")
+    for name, value in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}: expected {list(input_ids.shape)}, as input_ids")
+    if attention_mask is None:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+    else:
+        mask = attention_mask != 0
+        if not torch.equal(mask.to(attention_mask.dtype), attention_mask):
+            raise ValueError("attention_mask holds other values than 0 and 1")
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    lengths = tuple(mask.sum(1).tolist())
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=input_ids.device)
+    batch = Batch(
+        input_ids=input_ids[mask],
+        token_type_ids=token_type_ids[mask],
+        positions=position_ids.expand_as(input_ids)[mask],
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        seq_ids=torch.arange(len(lengths), device=input_ids.device),
+    )
+    return batch, mask
+
+
+def unpack(x: Tensor, mask: Tensor) -> Tensor:
+    """Packed [T, ...] back to [B, S, ...] where the mask is true, zero at padding."""
+    padded = x.new_zeros(*mask.shape, *x.shape[1:])
+    padded[mask] = x
+    return padded
+
+
+def _concatenate(arrays) -> np.ndarray:
+    return np.concatenate([np.asarray(a, dtype=np.int64) for a in arrays] or [np.zeros(0, dtype=np.int64)])

@@ -1,0 +1,79 @@
+"""Files that are either whole or not there: atomic writes, fsync, and a manifest of sha256 sums."""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside `path`, flush to the disk, rename: readers see the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, **extra) -> None:
+    """Flush every file of `directory` and list them with size and sha256 in `manifest.json`."""
+    files = {}
+    for path in sorted(Path(directory).iterdir()):
+        if path.is_file() and path.name != MANIFEST and not path.name.startswith("."):
+            fsync_path(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_atomically(directory / MANIFEST, json.dumps({"files": files} | extra, indent=2) + "\n")
+    fsync_path(directory)
+
+
+def verify_manifest(directory: Path) -> dict:
+    """Check every file that the manifest names; returns the manifest.
+
+    Raises:
+        ValueError: no manifest, a broken one, or a file that is missing, truncated or changed.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = dict(manifest["files"].items())
+    except FileNotFoundError:
+        raise ValueError(f"{directory}: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(f"{path}: broken manifest ({error})") from None
+    for name, entry in files.items():
+        file = path.parent / name
+        if Path(name).name != name or not file.is_file():
+            raise ValueError(f"{path}: {name} is missing")
+        try:
+            size, digest = entry["bytes"], entry["sha256"]
+        except (TypeError, KeyError):
+            raise ValueError(f"{path}: {name} has no bytes or sha256") from None
+        if file.stat().st_size != size:
+            raise ValueError(f"{file}: {file.stat().st_size} bytes, {MANIFEST} says {size}: truncated or changed")
+        if sha256(file) != digest:
+            raise ValueError(f"{file}: its sha256 is not the one in {MANIFEST}: damaged or changed")
+    return manifest

@@ -1,0 +1,308 @@
+"""Hugging Face's BERT layout on disk, in and out, without transformers.
+
+A directory holds `config.json`, `model.safetensors` (or shards with `model.safetensors.index.json`, or, only when asked,
+`pytorch_model.bin`) and `tokenizer.json`. Loading is strict: every missing, unexpected, mis-shaped or conflicting key is
+listed. What `save_pretrained` writes carries a `manifest.json` of sha256 sums, which loading verifies wherever it is there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .config import BertConfig, refuse_unknown
+from .files import verify_manifest, write_atomically, write_manifest
+
+WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+
+# ours, Hugging Face's; applied in order to a parameter's name
+RENAMES = (
+    ("embeddings.word.", "embeddings.word_embeddings."),
+    ("embeddings.position.", "embeddings.position_embeddings."),
+    ("embeddings.token_type.", "embeddings.token_type_embeddings."),
+    ("embeddings.norm.", "embeddings.LayerNorm."),
+    ("encoder.layers.", "encoder.layer."),
+    (".attention.out.", ".attention.output.dense."),
+    (".attention_norm.", ".attention.output.LayerNorm."),
+    (".ffn.up.", ".intermediate.dense."),
+    (".ffn.down.", ".output.dense."),
+    (".ffn_norm.", ".output.LayerNorm."),
+    ("mlm.dense.", "cls.predictions.transform.dense."),
+    ("mlm.norm.", "cls.predictions.transform.LayerNorm."),
+    ("mlm.decoder.weight", "cls.predictions.decoder.weight"),
+    ("mlm.decoder.bias", "cls.predictions.bias"),
+    ("nsp.", "cls.seq_relationship."),
+)
+DECODER, WORD = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+# what a model may leave unread, or start afresh, as a whole
+HEADS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
+SLOTS = {"norm": "layernorm", "ffn": "mlp", "position": "learned", "block": "post"}  # as Hugging Face's BERT has them
+
+
+def from_pretrained(
+    cls: type, directory, *, allow_pickle: bool = False, backend: str = "auto", **config_changes: Any
+) -> nn.Module:
+    """A `cls` with the weights of `directory`, in eval mode.
+
+    Args:
+        allow_pickle: also read `pytorch_model.bin` (with `weights_only=True`).
+        config_changes: fields of `BertConfig`; `num_labels=n` is short for n unnamed labels.
+    Returns:
+        The model. `model.new_parameters` names the parameters of heads that the directory does not have: they are
+        freshly initialised.
+    Raises:
+        ValueError: not a checkpoint, damaged, or keys that do not fit; every one of them is listed.
+    """
+    directory = Path(directory)
+    if "num_labels" in config_changes:
+        config_changes["id2label"] = tuple(f"LABEL_{i}" for i in range(config_changes.pop("num_labels")))
+    config = load_config(directory).replace(**config_changes)
+    stored = canonical(load_state(directory, allow_pickle), directory)
+    if config.tie_word_embeddings and DECODER in stored and not torch.equal(stored[DECODER], stored.get(WORD, torch.empty(0))):
+        config = config.replace(tie_word_embeddings=False)  # stored apart and different: what is stored wins
+    model = cls(config, backend=backend)
+    model.new_parameters = load_state_into(model, stored, directory, fresh_labels="id2label" in config_changes)
+    return model.eval()
+
+
+def load_into(model: nn.Module, directory, *, allow_pickle: bool = False) -> None:
+    """Load every parameter of `model` from `directory`; unlike `from_pretrained`, no head may be missing."""
+    stored = canonical(load_state(Path(directory), allow_pickle), directory)
+    fresh = load_state_into(model, stored, directory)
+    if fresh:
+        raise ValueError(f"{directory}: missing {', '.join(fresh)}")
+
+
+def load_config(directory) -> BertConfig:
+    """Read `config.json`, Hugging Face's or ours; a missing model_type is BERT's.
+
+    Raises:
+        ValueError: no such file, broken JSON, another architecture, or values that `BertConfig` refuses.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is not a checkpoint: it has no config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    try:
+        return _read_config(raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _read_config(raw: dict) -> BertConfig:
+    kind = raw.get("model_type", "bert")
+    if kind not in ("bert", "minibert"):
+        raise ValueError(f"model_type={kind!r} is not bert")
+    if raw.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"position_embedding_type={raw['position_embedding_type']!r} is not supported: only absolute")
+    for name in ("is_decoder", "add_cross_attention"):
+        if raw.get(name):
+            raise ValueError(f"{name}=true is not supported: minibert is an encoder")
+    if "hidden_size" not in raw or "num_hidden_layers" not in raw:
+        raise ValueError("hidden_size or num_hidden_layers is missing: not a BERT configuration")
+    activation = raw.get("hidden_act", "gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"hidden_act={activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    known = set(BertConfig().to_dict()) - (set() if kind == "minibert" else set(SLOTS))
+    values = {key: value for key, value in raw.items() if key in known and key != "id2label"}
+    if values.get("pad_token_id", 0) is None:
+        del values["pad_token_id"]
+    return BertConfig(**values | {"hidden_act": ACTIVATIONS[activation], "id2label": _read_labels(raw)})
+
+
+def _read_labels(raw: dict) -> tuple[str, ...]:
+    labels = raw.get("id2label")
+    if labels is None:
+        return tuple(f"LABEL_{i}" for i in range(raw.get("num_labels", 2)))
+    if isinstance(labels, dict):
+        order = sorted(labels, key=int)
+        if [int(key) for key in order] != list(range(len(order))):
+            raise ValueError(f"id2label has the keys {', '.join(order)}: expected 0 to {len(order) - 1}")
+        labels = [labels[key] for key in order]
+    return tuple(labels)
+
+
+def load_state(directory, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """All tensors of a directory, under the names they are stored with.
+
+    Raises:
+        ValueError: no weights, a damaged file (checked against `manifest.json` where there is one), an index that points
+            outside the directory, or a pickle that was not asked for.
+    """
+    directory = Path(directory)
+    if (directory / "manifest.json").is_file():
+        verify_manifest(directory)
+    if (directory / WEIGHTS).is_file():
+        return _load_safetensors(directory / WEIGHTS)
+    if (directory / INDEX).is_file():
+        return _load_shards(directory)
+    if not (directory / PICKLE).is_file():
+        raise ValueError(f"{directory} is not a checkpoint: it has no {WEIGHTS}")
+    if not allow_pickle:
+        raise ValueError(f"{directory} has only {PICKLE}, a pickle: pass allow_pickle=True (--allow-pickle) to read it")
+    try:
+        state = torch.load(directory / PICKLE, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{directory / PICKLE}: not a readable pickle of tensors ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{directory / PICKLE}: expected a dictionary of tensors")
+    return state
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def _load_shards(directory: Path) -> dict[str, Tensor]:
+    path = directory / INDEX
+    try:
+        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(where.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected an object with a weight_map ({error})") from None
+    state = {}
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name or (directory / name).is_symlink():
+            raise ValueError(f"{path}: {name!r} is not the name of a file in this directory")
+        if not (directory / name).is_file():
+            raise ValueError(f"{path}: {name} is missing")
+        state |= _load_safetensors(directory / name)
+    lost = sorted(set(where) - set(state))
+    if lost:
+        raise ValueError(f"{path}: {', '.join(lost)} in no shard")
+    return state
+
+
+def canonical(state: dict[str, Tensor], directory="checkpoint") -> dict[str, Tensor]:
+    """Stored names to those of Hugging Face's BertForPreTraining: one name a parameter, encoder under `bert.`.
+
+    Raises:
+        ValueError: two stored tensors are one parameter and differ, or a value is not finite.
+    """
+    result, problems = {}, []
+    for stored, value in state.items():
+        name = stored.replace(".gamma", ".weight").replace(".beta", ".bias")
+        if name.endswith("position_ids"):
+            continue
+        if name.startswith(("embeddings.", "encoder.", "pooler.")):
+            name = "bert." + name
+        if name == "cls.predictions.decoder.bias":
+            name = "cls.predictions.bias"
+        if name in result and not torch.equal(result[name], value):
+            problems.append(f"conflicting {stored}: another tensor for {name} differs")
+        if value.is_floating_point() and not value.isfinite().all():
+            problems.append(f"not finite {stored}")
+        result[name] = value
+    if problems:
+        raise ValueError(f"{directory}: {'; '.join(problems)}")
+    return result
+
+
+def hf_names(name: str) -> tuple[str, ...]:
+    """Our parameter name, as `BertForPreTraining` has it, to the Hugging Face name, or three for a fused projection."""
+    for ours, theirs in RENAMES:
+        name = name.replace(ours, theirs)
+    if ".attention.qkv." in name:
+        return tuple(name.replace(".qkv.", f".self.{part}.") for part in ("query", "key", "value"))
+    return (name,)
+
+
+def _under_bert(name: str) -> str:
+    return "bert." + name if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
+
+
+def load_state_into(model: nn.Module, stored: dict[str, Tensor], directory, fresh_labels: bool = False) -> tuple[str, ...]:
+    """Copy canonical tensors into `model`; returns the names of parameters in heads that are not stored at all.
+
+    `fresh_labels`: a classifier of another width counts as not stored.
+    """
+    wanted = {ours: hf_names(_under_bert(ours)) for ours, _ in model.named_parameters()}
+    state, fresh, problems, read = dict(model.named_parameters()), [], [], set()
+    for ours, names in wanted.items():
+        read.update(names)
+        head = next((head for head in HEADS if names[0].startswith(head)), None)
+        same_head = [name for name in stored if head and name.startswith(head)]
+        lost = [name for name in names if name not in stored]
+        if lost and head and not same_head:
+            fresh.append(ours)
+            continue
+        if lost:
+            problems += [f"missing {name}" for name in lost]
+            continue
+        value = torch.cat([stored[name] for name in names]) if len(names) > 1 else stored[names[0]]
+        if value.shape != state[ours].shape:
+            if fresh_labels and head == "classifier.":
+                fresh.append(ours)
+            else:
+                problems.append(f"mis-shaped {names[0]}: {list(value.shape)}, expected {list(state[ours].shape)}")
+            continue
+        with torch.no_grad():
+            state[ours].copy_(value)
+    unread = [name for name in stored if name not in read and name != DECODER and not name.startswith(HEADS)]
+    problems += [f"unexpected {name}" for name in unread]
+    if problems:
+        raise ValueError(f"{directory}: {'; '.join(problems)}")
+    return tuple(fresh)
+
+
+def hf_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `model` under Hugging Face's names, tied weights once."""
+    state = {}
+    for ours, value in model.named_parameters():
+        names = hf_names(ours)
+        parts = value.detach().chunk(len(names)) if len(names) > 1 else (value.detach(),)
+        state |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    return state
+
+
+def hf_config(config: BertConfig, architecture: str) -> dict[str, Any]:
+    """`config.json` as Hugging Face writes it; model_type is bert where their BERT is the same architecture."""
+    values = config.to_dict()
+    slots = {name: values.pop(name) for name in SLOTS}
+    labels = values.pop("id2label")
+    values["hidden_act"] = "gelu_pytorch_tanh" if config.hidden_act == "gelu_tanh" else config.hidden_act
+    extra = {
+        "architectures": [architecture],
+        "model_type": "bert" if slots == SLOTS else "minibert",
+        "position_embedding_type": "absolute",
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "dtype": "float32",
+    }
+    return values | extra | ({} if slots == SLOTS else slots)
+
+
+def save_pretrained(model: nn.Module, directory, tokenizer=None) -> None:
+    """Write config, weights (safetensors), tokenizer and manifest; transformers loads the result unchanged.
+
+    Each file is written beside its place and renamed, the manifest last.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config = hf_config(model.config, model.objective)
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_atomically(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    weights = safetensors.torch.save({name: value.cpu() for name, value in hf_state(model).items()}, {"format": "pt"})
+    write_atomically(directory / WEIGHTS, weights)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    write_manifest(directory)
+
+
+def check_changes(changes: dict[str, Any]) -> None:
+    """Refuse unknown config fields, offering the nearest name."""
+    refuse_unknown(changes, BertConfig)

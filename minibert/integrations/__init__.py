@@ -1,0 +1,1 @@
+"""Where minibert meets transformers; nothing else in the package imports it."""

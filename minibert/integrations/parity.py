@@ -1,0 +1,207 @@
+"""minibert beside transformers on the same weights: every state, head, loss and gradient.
+
+States and logits are compared by max|ours - theirs| / max(1, max|theirs|). A gradient is compared by max|ours - theirs| over the
+largest of max|theirs| and a hundredth of the largest gradient in its layer: some gradients, the key bias's above all, are zero
+but for rounding, and have no scale of their own.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import IGNORE
+from ..data.tokenizer import Tokenizer
+from ..hub import canonical, hf_names, load_state
+from ..model import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+
+STATE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
+GRADIENT_FLOOR = 1e-2
+TEXTS = (
+    ("The ferry left the harbour before the fog had lifted.", "Nobody on the pier noticed that it was early."),
+    ("Can a kettle whistle in the key of C?", "Ours does, slightly flat, every single morning!"),
+    ("She filed the report; it was 37 pages long.", None),
+    ("Yes.", None),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `error` as the module says, within `limit` where `passed`."""
+
+    inputs: str
+    what: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # false for nan
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in self.rows)
+
+    @property
+    def first_difference(self) -> Row | None:
+        return next((row for row in self.rows if not row.passed), None)
+
+    def to_dict(self) -> dict:
+        first = self.first_difference
+        return {
+            "passed": self.passed,
+            "first_difference": first and f"{first.inputs}: {first.what}",
+            "state_error": max(row.error for row in self.rows if row.limit == STATE_LIMIT),
+            "gradient_error": max(row.error for row in self.rows if row.limit == GRADIENT_LIMIT),
+            "rows": [asdict(row) | {"passed": row.passed} for row in self.rows],
+        }
+
+
+def parity(directory, *, allow_pickle: bool = False, backend: str = "auto") -> Report:
+    """Load `directory` with minibert and with transformers and compare them in float32.
+
+    Raises:
+        ValueError: transformers is not installed, or the directory is no checkpoint.
+    """
+    kind = model_class(directory, allow_pickle)
+    theirs = load_theirs(kind, directory)
+    ours = kind.from_pretrained(directory, allow_pickle=allow_pickle, backend=backend)
+    return compare(ours, theirs, dict(inputs(directory, ours.config)))
+
+
+def model_class(directory, allow_pickle: bool) -> type:
+    """The model with the most heads that a directory has weights for."""
+    names = canonical(load_state(directory, allow_pickle), directory)
+    if any(name.startswith("classifier.") for name in names):
+        return BertForSequenceClassification
+    if "cls.seq_relationship.weight" in names:
+        return BertForPreTraining
+    return BertForMaskedLM if any(name.startswith("cls.predictions.") for name in names) else BertModel
+
+
+def load_theirs(kind: type, directory) -> nn.Module:
+    """The transformers model of the same name, with eager attention, in float32."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("parity needs transformers: pip install 'minibert[hf]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    config = copy.deepcopy(transformers.BertConfig.from_pretrained(directory))
+    reference = getattr(transformers, kind.__name__)
+    return reference.from_pretrained(
+        directory, config=config, attn_implementation="eager", dtype=torch.float32, local_files_only=True
+    ).eval()
+
+
+def inputs(directory, config) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Padded batches with types, as (name, arguments): random ids, and sentence pairs where there is a tokenizer."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 7, 23, 16, 12])
+    ids = torch.randint(1, config.vocab_size, (5, 23), generator=generator)
+    ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
+    mask = (torch.arange(23) < lengths[:, None]).long()
+    types = (torch.arange(23) >= lengths[:, None] // 2).long() * mask * (config.type_vocab_size > 1)
+    yield "random", {"input_ids": ids * mask + config.pad_token_id * (1 - mask), "attention_mask": mask, "token_type_ids": types}
+    if any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        tokenizer = Tokenizer.from_pretrained(directory)
+        first, second = zip(*TEXTS, strict=True)
+        singles = [a for a, b in TEXTS if b is None]
+        pairs = [(a, b) for a, b in TEXTS if b is not None]
+        for name, call in (("pairs", tuple(map(list, zip(*pairs, strict=True)))), ("text", (singles,))):
+            encoded = tokenizer(*call, padding=True, return_tensors="pt")
+            yield name, {key: encoded[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+def compare(ours: nn.Module, theirs: nn.Module, batches: dict[str, dict[str, Tensor]]) -> Report:
+    """All rows, in the order of the forward pass, then the gradients from the first layer to the heads."""
+    rows = []
+    for name, batch in batches.items():
+        batch = batch | targets(ours, batch)
+        left, right = run(ours, batch), run(theirs, batch)
+        mask = batch["attention_mask"].bool()
+        rows += [Row(name, what, error, STATE_LIMIT) for what, error in state_errors(left, right, mask)]
+        rows += [Row(name, what, error, GRADIENT_LIMIT) for what, error in gradient_errors(ours, theirs)]
+    return Report(tuple(rows))
+
+
+def targets(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Labels for every head that `model` has."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    if isinstance(model, BertForMaskedLM | BertForPreTraining):
+        labels = torch.where(mask & (torch.arange(ids.shape[1]) % 3 == 0), (ids + 1) % model.config.vocab_size, IGNORE)
+        pairs = {"next_sentence_label": torch.arange(len(ids)) % 2}
+        return {"labels": labels} | (pairs if isinstance(model, BertForPreTraining) else {})
+    if isinstance(model, BertForSequenceClassification):
+        return {"labels": torch.arange(len(ids)) % model.config.num_labels}
+    return {}
+
+
+def run(model: nn.Module, batch: dict[str, Tensor]):
+    """One forward and backward pass; a bare encoder gets the mean square of its states as loss."""
+    model.zero_grad(set_to_none=True)
+    extra = {"output_logits": True} if isinstance(model, BertForMaskedLM | BertForPreTraining) else {}
+    output = model(**batch, output_hidden_states=True, **extra)
+    if output.get("loss") if isinstance(output, dict) else output.loss is not None:
+        output.loss.backward()
+        return output
+    mask = batch["attention_mask"][..., None]
+    weights = torch.linspace(-1, 1, output.last_hidden_state.shape[-1])
+    loss = (output.last_hidden_state.pow(2) * weights * mask).sum() / mask.sum()
+    if output.pooler_output is not None:
+        loss = loss + (output.pooler_output * weights).mean()
+    loss.backward()
+    return output
+
+
+def state_errors(ours, theirs, mask: Tensor) -> Iterator[tuple[str, float]]:
+    for layer, (a, b) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
+        yield f"layer {layer}" if layer else "embeddings", scaled(a[mask], b[mask])
+    token_level = ("prediction_logits",) if hasattr(theirs, "prediction_logits") else ()
+    for name in ("pooler_output", *token_level, "seq_relationship_logits", "logits", "loss"):
+        a, b = getattr(ours, name, None), getattr(theirs, name, None)
+        if a is not None and b is not None:
+            by_token = a.ndim == 3
+            yield name.replace("_", " "), scaled(a[mask], b[mask]) if by_token else scaled(a, b)
+
+
+def scaled(ours: Tensor, theirs: Tensor, floor: float = 1.0) -> float:
+    """max|ours - theirs| / max(floor, max|theirs|)."""
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=floor))
+
+
+def gradient_errors(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, float]]:
+    """One row a layer: the worst of its parameters, by Hugging Face's name."""
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    groups: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
+    for name, parameter in ours.named_parameters():
+        names = hf_names(name)
+        if parameter.grad is None or names[0] not in expected:
+            continue
+        for their_name, grad in zip(names, parameter.grad.chunk(len(names)), strict=True):
+            groups.setdefault(place(their_name), []).append((their_name, grad, expected[their_name]))
+    unpaired = [name for group in groups.values() for name, _, _ in group]
+    lost = set(expected) - set(unpaired)
+    for group, members in groups.items():
+        floor = max(GRADIENT_FLOOR * max(float(b.abs().max()) for _, _, b in members), 1e-12)
+        error, name = max((scaled(a, b, floor), name) for name, a, b in members)
+        yield f"gradients, {group} (worst: {name.removeprefix('bert.')})", error
+    if lost:
+        yield f"gradients, missing: {', '.join(sorted(lost))}", float("inf")
+
+
+def place(name: str) -> str:
+    """The layer or head that a Hugging Face parameter belongs to."""
+    parts = name.removeprefix("bert.").split(".")
+    if parts[0] == "encoder":
+        return f"layer {int(parts[2]) + 1}"
+    return " ".join(parts[:2]) if parts[0] == "cls" else parts[0]

@@ -1,0 +1,36 @@
+"""Multi-head self-attention over packed sequences (Vaswani et al., 2017, section 3.2)."""
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from minibert_kernels import attention, attention_probs
+
+from ..config import BertConfig
+from .context import Context
+from .position import Position
+
+
+class Attention(nn.Module):
+    """[T, D] to [T, D]; every token attends to the tokens of its own sequence."""
+
+    def __init__(self, config: BertConfig, site: int):
+        super().__init__()
+        self.num_heads, self.site = config.num_attention_heads, site
+        self.dropout = config.attention_probs_dropout_prob
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, ctx: Context, position: Position, maps: list[Tensor] | None = None) -> Tensor:
+        """`maps`, where given, receives the attention map [B, H, S, S], before dropout."""
+        batch = ctx.batch
+        q, k, v = rearrange(self.qkv(x), "t (three h d) -> three t h d", three=3, h=self.num_heads)
+        q, k = position.rotate(q, k, batch)
+        bias = position.score_bias(batch)
+        if maps is not None:
+            maps.append(attention_probs(q, k, batch.cu_seqlens, batch.max_seqlen, score_bias=bias))
+        drop = ctx.drop(self.dropout, self.site)
+        out = attention(
+            q, k, v, batch.cu_seqlens, batch.max_seqlen,
+            **drop, seq_ids=batch.seq_ids, score_bias=bias, backend=ctx.backend,
+        )  # fmt: skip
+        return self.out(rearrange(out, "t h d -> t (h d)"))

@@ -1,0 +1,67 @@
+"""What one forward pass carries along, and what it gives back."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from minibert_kernels.philox import fold
+
+from ..batch import Batch
+
+
+@dataclass(frozen=True)
+class Context:
+    """The batch, the dropout seed of every site ([num_sites] int64, or None where nothing is dropped), the backend."""
+
+    batch: Batch
+    seeds: Tensor | None = None
+    backend: str = "auto"
+
+    def drop(self, p: float, site: int) -> dict:
+        """The dropout arguments of a kernel call at `site`."""
+        return {} if self.seeds is None or p == 0 else {"dropout": p, "seed": self.seeds[site]}
+
+
+def site_seeds(seed: int | Tensor | None, num_sites: int, device) -> Tensor:
+    """One int64 seed a dropout site; `seed` is an int, an int64 scalar, or None to draw one from torch's generator."""
+    if seed is None:
+        seed = torch.randint(2**62, ())
+    seed = torch.as_tensor(seed, dtype=torch.int64)
+    return fold(seed, torch.arange(num_sites, device=seed.device)).to(device, non_blocking=True)
+
+
+@dataclass(kw_only=True)
+class Output:
+    """What a model returns; fields it does not produce are None.
+
+    `output[0]`, `output[1]`, … count the fields that are there, in this order, as Hugging Face's outputs do. For a packed
+    batch the token axis is [T]; for the Hugging Face call it is [B, S], zero at padding.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    # sums for whoever averages over batches: loss is a mean over `count`, correct is a number of predictions
+    mlm_loss: Tensor | None = None
+    mlm_correct: Tensor | None = None
+    mlm_count: int | None = None
+    nsp_loss: Tensor | None = None
+    nsp_correct: Tensor | None = None
+    nsp_count: int | None = None
+
+    def to_tuple(self) -> tuple:
+        names = [field.name for field in fields(self)]
+        values = (getattr(self, name) for name in names[: names.index("mlm_loss")])
+        return tuple(value for value in values if value is not None)
+
+    def __getitem__(self, index):
+        return getattr(self, index) if isinstance(index, str) else self.to_tuple()[index]
+
+    def __iter__(self):
+        return iter(self.to_tuple())

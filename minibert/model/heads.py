@@ -1,0 +1,194 @@
+"""Task heads on the encoder: masked language model, next sentence, sequence classification."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minibert_kernels import bias_gelu, linear_cross_entropy, select_rows
+from minibert_kernels.philox import keep_scale, row_keep
+
+from ..batch import IGNORE, Batch
+from ..config import BertConfig
+from .context import Context, Output
+from .encoder import SITES, Bert, BertModel, enter, initialise, leave
+from .ffn import APPROXIMATE
+from .losses import check_classes, check_shape, classification_loss
+from .norm import NORMS
+
+
+class MLMHead(nn.Module):
+    """norm(gelu(dense(x))), then a linear map to the vocabulary whose weight is usually the word embedding's."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.approximate = APPROXIMATE[config.hidden_act]
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = NORMS["layernorm"](config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def transform(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.norm(bias_gelu(self.dense(x), None, approximate=self.approximate), ctx)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """[N, D] to logits [N, V]."""
+        return self.decoder(self.transform(x, ctx))
+
+    def loss(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Mean loss and number correct over the labelled tokens of the batch; no other row meets the vocabulary."""
+        hidden = self.transform(select_rows(x, ctx.batch.mlm_rows), ctx)
+        return linear_cross_entropy(hidden, self.decoder.weight, self.decoder.bias, ctx.batch.mlm_labels)
+
+
+class Headed(Bert):
+    """An encoder with heads; subclasses build the heads and say what a packed batch gives."""
+
+    def __init__(self, config: BertConfig, *, add_pooler: bool, backend: str):
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.bert = BertModel(config, add_pooler=add_pooler, backend=backend)
+
+    def tie(self) -> None:
+        """Share the word embedding with the decoder, when the config says so."""
+        if self.config.tie_word_embeddings:
+            self.mlm.decoder.weight = self.bert.embeddings.word.weight
+
+    def encode(self, batch: Batch, seed, **wanted) -> tuple[Context, Output]:
+        ctx = self.context(batch, seed)
+        return ctx, self.bert.encode(ctx, **wanted)
+
+
+class BertForPreTraining(Headed):
+    """Masked language model and next-sentence prediction (Devlin et al., 2019, section 3.1).
+
+    `loss` is the sum of the two means. Logits over the vocabulary are made only where no labels are given, or with
+    `output_logits=True`: with labels, only labelled tokens meet the vocabulary.
+    """
+
+    objective = "BertForPreTraining"
+
+    def __init__(self, config: BertConfig, *, backend: str = "auto"):
+        super().__init__(config, add_pooler=True, backend=backend)
+        self.mlm = MLMHead(config)
+        self.nsp = nn.Linear(config.hidden_size, 2)
+        initialise(self.mlm, config)
+        initialise(self.nsp, config)
+        self.tie()
+
+    def forward(
+        self, input_ids: Tensor | Batch, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
+        next_sentence_label=None, *, seed=None, output_logits: bool | None = None, **wanted: bool,
+    ) -> Output:  # fmt: skip
+        """labels: [B, S], -100 where there is nothing to predict; next_sentence_label: [B], 0 follows, 1 random."""
+        batch, mask = enter(input_ids, attention_mask, token_type_ids, position_ids)
+        batch = with_mlm_labels(batch, mask, labels, self.config)
+        if next_sentence_label is not None:
+            batch = dataclasses.replace(batch, nsp_labels=next_sentence_label.view(-1))
+        ctx, encoded = self.encode(batch, seed, **wanted)
+        x, batch = encoded.last_hidden_state, ctx.batch
+        output = Output(hidden_states=encoded.hidden_states, attentions=encoded.attentions)
+        output.seq_relationship_logits = self.nsp(encoded.pooler_output)
+        losses = []
+        if batch.mlm_rows is not None:
+            output.mlm_loss, output.mlm_correct = self.mlm.loss(x, ctx)
+            output.mlm_count = len(batch.mlm_rows)
+            losses.append(output.mlm_loss)
+        if batch.nsp_labels is not None:
+            self._score_pairs(output, batch)
+            losses.append(output.nsp_loss)
+        if losses:
+            output.loss = sum(losses)
+        if output_logits or (output_logits is None and batch.mlm_rows is None):
+            output.prediction_logits = self.mlm(x, ctx)
+        return output if mask is None else leave(output, mask)
+
+    def _score_pairs(self, output: Output, batch: Batch) -> None:
+        logits, labels = output.seq_relationship_logits, batch.nsp_labels
+        check_shape(labels, logits[:, 0])
+        check_classes("next_sentence_label", labels, 2)
+        output.nsp_loss = F.cross_entropy(logits.float(), labels)
+        output.nsp_correct = (logits.argmax(-1) == labels).sum()
+        output.nsp_count = len(labels)
+
+
+class BertForMaskedLM(Headed):
+    """The masked language model alone; logits as in `BertForPreTraining`, under the name `logits`."""
+
+    objective = "BertForMaskedLM"
+
+    def __init__(self, config: BertConfig, *, backend: str = "auto"):
+        super().__init__(config, add_pooler=False, backend=backend)
+        self.mlm = MLMHead(config)
+        initialise(self.mlm, config)
+        self.tie()
+
+    def forward(
+        self, input_ids: Tensor | Batch, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
+        seed=None, output_logits: bool | None = None, **wanted: bool,
+    ) -> Output:  # fmt: skip
+        """labels: [B, S], -100 where there is nothing to predict."""
+        batch, mask = enter(input_ids, attention_mask, token_type_ids, position_ids)
+        batch = with_mlm_labels(batch, mask, labels, self.config)
+        ctx, encoded = self.encode(batch, seed, **wanted)
+        output = Output(hidden_states=encoded.hidden_states, attentions=encoded.attentions)
+        if batch.mlm_rows is not None:
+            output.loss, output.mlm_correct = self.mlm.loss(encoded.last_hidden_state, ctx)
+            output.mlm_loss, output.mlm_count = output.loss, len(batch.mlm_rows)
+        if output_logits or (output_logits is None and batch.mlm_rows is None):
+            output.prediction_logits = self.mlm(encoded.last_hidden_state, ctx)
+        if mask is not None:
+            leave(output, mask)
+        output.logits, output.prediction_logits = output.prediction_logits, None
+        return output
+
+
+class BertForSequenceClassification(Headed):
+    """A linear map of the pooled state to `num_labels` scores: classes, several labels at once, or a number."""
+
+    objective = "BertForSequenceClassification"
+
+    def __init__(self, config: BertConfig, *, backend: str = "auto"):
+        super().__init__(config, add_pooler=True, backend=backend)
+        p = config.classifier_dropout
+        self.dropout = config.hidden_dropout_prob if p is None else p
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        initialise(self.classifier, config)
+
+    def forward(
+        self, input_ids: Tensor | Batch, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
+        seed=None, **wanted: bool,
+    ) -> Output:  # fmt: skip
+        """labels: see `minibert.model.losses.classification_loss`."""
+        batch, mask = enter(input_ids, attention_mask, token_type_ids, position_ids)
+        ctx, encoded = self.encode(batch, seed, **wanted)
+        logits = self.classifier(self._drop(encoded.pooler_output, ctx))
+        labels = batch.labels if labels is None else labels
+        output = Output(logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
+        if labels is not None:
+            output.loss = classification_loss(self.config, logits, labels)
+        return output if mask is None else leave(output, mask)
+
+    def _drop(self, x: Tensor, ctx: Context) -> Tensor:
+        drop = ctx.drop(self.dropout, 1 + SITES * self.config.num_hidden_layers)
+        if not drop:
+            return x
+        keep = row_keep(drop["seed"], drop["dropout"], ctx.batch.seq_ids, x.shape[-1])
+        return torch.where(keep, x * keep_scale(drop["dropout"]), 0)
+
+
+def with_mlm_labels(batch: Batch, mask: Tensor | None, labels: Tensor | None, config: BertConfig) -> Batch:
+    """Put Hugging Face's `labels` [B, S] into the batch as rows and labels."""
+    if labels is not None:
+        if mask is None:
+            raise ValueError("a packed Batch carries its own mlm_rows and mlm_labels: pass labels=None")
+        if labels.shape != mask.shape:
+            raise ValueError(f"labels has shape {list(labels.shape)}: expected {list(mask.shape)}, as input_ids")
+        if ((labels != IGNORE) & ~mask).any():
+            raise ValueError(f"labels has targets where attention_mask is 0: set them to {IGNORE}")
+        labels = labels[mask]
+        rows = (labels != IGNORE).nonzero().squeeze(1)
+        batch = dataclasses.replace(batch, mlm_rows=rows, mlm_labels=labels[rows])
+    if batch.mlm_labels is not None:
+        check_classes("labels", batch.mlm_labels, config.vocab_size)
+    return batch

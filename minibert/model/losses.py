@@ -1,0 +1,50 @@
+"""Losses of the sentence-level heads; the language-model loss is `minibert_kernels.linear_cross_entropy`."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import BertConfig
+
+
+def problem_type(config: BertConfig, labels: Tensor) -> str:
+    """Hugging Face's rule where the config is silent: one output is regression, integer labels are classes."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss over the sequences, in float32.
+
+    Args:
+        logits: [B, num_labels].
+        labels: [B] int64 classes, [B] float for regression, [B, num_labels] float 0/1 for multi-label.
+    Raises:
+        ValueError: labels have another shape, or a class is out of range (checked on CPU).
+    """
+    kind, logits = problem_type(config, labels), logits.float()
+    if kind == "regression":
+        expected = logits.squeeze(-1) if config.num_labels == 1 else logits
+        check_shape(labels, expected)
+        return F.mse_loss(expected, labels.float())
+    if kind == "multi_label_classification":
+        check_shape(labels, logits)
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    check_shape(labels, logits[:, 0])
+    check_classes("labels", labels, config.num_labels)
+    return F.cross_entropy(logits, labels)
+
+
+def check_shape(labels: Tensor, like: Tensor) -> None:
+    if labels.shape != like.shape:
+        raise ValueError(f"labels has shape {list(labels.shape)}: expected {list(like.shape)}")
+
+
+def check_classes(name: str, labels: Tensor, classes: int, ignore: int = -100) -> None:
+    """Refuse labels outside the classes; looks at them on the CPU only."""
+    if labels.device.type == "cpu" and labels.numel():
+        wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= classes))]
+        if wrong.numel():
+            raise ValueError(f"{name} holds {int(wrong[0])}: expected 0 to {classes - 1}, or {ignore}")
