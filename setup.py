@@ -39,5 +39,5 @@ setup(
         "pyyaml>=6.0",
     ],
     extras_require={"data": data, "viz": viz, "hf": hf, "dev": dev},
-    entry_points={"console_scripts": ["minibert = minibert.cli:main"]},
+    entry_points={"console_scripts": ["minibert = minibert.cli:entry"]},
 )

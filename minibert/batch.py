@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,6 +36,11 @@ class Batch:
     nsp_labels: Tensor | None = None
     labels: Tensor | None = None
 
+    def __post_init__(self):
+        # plain integers, so that a compiled model is not bound to these very lengths
+        object.__setattr__(self, "max_seqlen", max(self.lengths, default=0))
+        object.__setattr__(self, "min_seqlen", min(self.lengths, default=0))
+
     @property
     def num_tokens(self) -> int:
         return self.input_ids.shape[0]
@@ -45,18 +49,14 @@ class Batch:
     def num_sequences(self) -> int:
         return len(self.lengths)
 
-    @cached_property
-    def max_seqlen(self) -> int:
-        return max(self.lengths, default=0)
-
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """[T] int64: one counter a token, the same in every batch."""
         lengths = self.cu_seqlens.diff()
         seq_ids = torch.repeat_interleave(self.seq_ids, lengths, output_size=self.num_tokens)
         return seq_ids << ROW_SHIFT | self.positions
 
-    @cached_property
+    @property
     def first_rows(self) -> Tensor:
         """[B] int64: where each sequence's [CLS] lies."""
         return self.cu_seqlens[:-1].long()
@@ -66,8 +66,7 @@ class Batch:
         moved = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        names = {field.name for field in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: value for name, value in moved.items() if name in names})
+        return dataclasses.replace(self, **moved)
 
 
 def pack(
@@ -121,7 +120,8 @@ def pack_padded(
     Real tokens may lie anywhere in a row (left padding works); each keeps the position it had in the row, as in
     Hugging Face. Reads the mask on the host, once.
     Raises:
-        ValueError: a shape differs from input_ids', or the mask is not of 0 and 1.
+        ValueError: a shape differs from input_ids' (position_ids may leave out the batch), or the mask is not of 0
+            and 1.
     """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}: expected [batch, length]")
@@ -136,6 +136,8 @@ def pack_padded(
             raise ValueError("attention_mask holds other values than 0 and 1")
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if position_ids.shape not in {input_ids.shape, (1, *input_ids.shape[1:]), input_ids.shape[1:]}:
+        raise ValueError(f"position_ids has shape {list(position_ids.shape)}: expected {list(input_ids.shape)}")
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(input_ids)
     lengths = tuple(mask.sum(1).tolist())

@@ -17,8 +17,8 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 class BertConfig:
     """A BERT encoder (Devlin et al., 2019). Field names are Hugging Face's wherever the field exists there.
 
-    The slots `norm`, `ffn`, `position` and `block` name an entry of the tables `NORMS`, `FFNS`, `POSITIONS` and `BLOCKS`
-    in `minibert.model`; entries added there by other code are accepted too.
+    The slots `norm`, `ffn`, `position` and `block` name an entry of the tables `NORMS`, `FFNS`, `POSITIONS` and
+    `BLOCKS` in `minibert.model`; entries added there by other code are accepted too.
     Raises ValueError, naming field, value and what is expected.
     """
 
@@ -45,7 +45,9 @@ class BertConfig:
     problem_type: ProblemType | None = None
 
     def __post_init__(self):
-        positive = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
+        positive = (
+            "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
+        )
         for name in (*positive.split(), "type_vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -64,12 +66,14 @@ class BertConfig:
             raise ValueError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}"
             )
-        if not isinstance(self.pad_token_id, int) or not 0 <= self.pad_token_id < self.vocab_size:
+        if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id!r} is not in [0, vocab_size={self.vocab_size})")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} is not true or false")
         one_of("hidden_act", self.hidden_act, get_args(Activation))
         if self.problem_type is not None:
             one_of("problem_type", self.problem_type, get_args(ProblemType))
-        labels = tuple(self.id2label)
+        labels = tuple(self.id2label) if isinstance(self.id2label, list | tuple) else ()
         if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
             raise ValueError(f"id2label={self.id2label!r} is not a list of distinct names")
         object.__setattr__(self, "id2label", labels)
@@ -122,7 +126,7 @@ PRESETS = {
 
 def one_of(field: str, value: Any, known) -> None:
     """Raise ValueError unless value is in known; the message offers the nearest name."""
-    if value not in known:
+    if value not in list(known):
         near = difflib.get_close_matches(str(value), list(known), 1)
         hint = f": did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{field}={value!r} is not one of {', '.join(known)}{hint}")

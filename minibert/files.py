@@ -4,9 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+BY_HAND = f"or changed on purpose (then delete {MANIFEST})"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -39,11 +41,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(directory: Path, **extra) -> None:
-    """Flush every file of `directory` and list them with size and sha256 in `manifest.json`."""
-    files = {}
-    for path in sorted(Path(directory).iterdir()):
-        if path.is_file() and path.name != MANIFEST and not path.name.startswith("."):
+def write_manifest(directory: Path, only: Collection[str] = (), **extra) -> None:
+    """Flush every file of `directory`, or `only` some, and list them with size and sha256 in `manifest.json`."""
+    directory, files = Path(directory), {}
+    for path in sorted(directory.iterdir()):
+        wanted = path.name in only if only else path.name != MANIFEST and not path.name.startswith(".")
+        if wanted and path.is_file():
             fsync_path(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_atomically(directory / MANIFEST, json.dumps({"files": files} | extra, indent=2) + "\n")
@@ -73,7 +76,7 @@ def verify_manifest(directory: Path) -> dict:
         except (TypeError, KeyError):
             raise ValueError(f"{path}: {name} has no bytes or sha256") from None
         if file.stat().st_size != size:
-            raise ValueError(f"{file}: {file.stat().st_size} bytes, {MANIFEST} says {size}: truncated or changed")
+            raise ValueError(f"{file}: {file.stat().st_size} bytes, {MANIFEST} says {size}: truncated, {BY_HAND}")
         if sha256(file) != digest:
-            raise ValueError(f"{file}: its sha256 is not the one in {MANIFEST}: damaged or changed")
+            raise ValueError(f"{file}: its sha256 is not the one in {MANIFEST}: damaged, {BY_HAND}")
     return manifest

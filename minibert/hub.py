@@ -1,8 +1,9 @@
 """Hugging Face's BERT layout on disk, in and out, without transformers.
 
-A directory holds `config.json`, `model.safetensors` (or shards with `model.safetensors.index.json`, or, only when asked,
-`pytorch_model.bin`) and `tokenizer.json`. Loading is strict: every missing, unexpected, mis-shaped or conflicting key is
-listed. What `save_pretrained` writes carries a `manifest.json` of sha256 sums, which loading verifies wherever it is there.
+A directory holds `config.json`, `model.safetensors` (or shards with `model.safetensors.index.json`, or, only when
+asked, `pytorch_model.bin`) and `tokenizer.json`. Loading is strict: every missing, unexpected, mis-shaped or
+conflicting key is listed. What `save_pretrained` writes carries a `manifest.json` of sha256 sums, which loading
+verifies wherever it is there.
 """
 
 import json
@@ -18,6 +19,8 @@ from .config import BertConfig, refuse_unknown
 from .files import verify_manifest, write_atomically, write_manifest
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+# what a manifest vouches for: other files of the directory may change
+WRITTEN = ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 # ours, Hugging Face's; applied in order to a parameter's name
 RENAMES = (
@@ -63,7 +66,11 @@ def from_pretrained(
         config_changes["id2label"] = tuple(f"LABEL_{i}" for i in range(config_changes.pop("num_labels")))
     config = load_config(directory).replace(**config_changes)
     stored = canonical(load_state(directory, allow_pickle), directory)
-    if config.tie_word_embeddings and DECODER in stored and not torch.equal(stored[DECODER], stored.get(WORD, torch.empty(0))):
+    if (
+        config.tie_word_embeddings
+        and DECODER in stored
+        and not torch.equal(stored[DECODER], stored.get(WORD, torch.empty(0)))
+    ):
         config = config.replace(tie_word_embeddings=False)  # stored apart and different: what is stored wins
     model = cls(config, backend=backend)
     model.new_parameters = load_state_into(model, stored, directory, fresh_labels="id2label" in config_changes)
@@ -89,7 +96,7 @@ def load_config(directory) -> BertConfig:
         raise ValueError(f"{directory} is not a checkpoint: it has no config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
@@ -120,7 +127,7 @@ def _read_config(raw: dict) -> BertConfig:
     return BertConfig(**values | {"hidden_act": ACTIVATIONS[activation], "id2label": _read_labels(raw)})
 
 
-def _read_labels(raw: dict) -> tuple[str, ...]:
+def _read_labels(raw: dict):
     labels = raw.get("id2label")
     if labels is None:
         return tuple(f"LABEL_{i}" for i in range(raw.get("num_labels", 2)))
@@ -128,16 +135,16 @@ def _read_labels(raw: dict) -> tuple[str, ...]:
         order = sorted(labels, key=int)
         if [int(key) for key in order] != list(range(len(order))):
             raise ValueError(f"id2label has the keys {', '.join(order)}: expected 0 to {len(order) - 1}")
-        labels = [labels[key] for key in order]
-    return tuple(labels)
+        return tuple(labels[key] for key in order)
+    return labels
 
 
 def load_state(directory, allow_pickle: bool = False) -> dict[str, Tensor]:
     """All tensors of a directory, under the names they are stored with.
 
     Raises:
-        ValueError: no weights, a damaged file (checked against `manifest.json` where there is one), an index that points
-            outside the directory, or a pickle that was not asked for.
+        ValueError: no weights, a damaged file (checked against `manifest.json` where there is one), an index that
+            points outside the directory, or a pickle that was not asked for.
     """
     directory = Path(directory)
     if (directory / "manifest.json").is_file():
@@ -155,7 +162,8 @@ def load_state(directory, allow_pickle: bool = False) -> dict[str, Tensor]:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{directory / PICKLE}: not a readable pickle of tensors ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not tensors:
         raise ValueError(f"{directory / PICKLE}: expected a dictionary of tensors")
     return state
 
@@ -180,7 +188,11 @@ def _load_shards(directory: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name!r} is not the name of a file in this directory")
         if not (directory / name).is_file():
             raise ValueError(f"{path}: {name} is missing")
-        state |= _load_safetensors(directory / name)
+        shard = _load_safetensors(directory / name)
+        twice = sorted(shard.keys() & state.keys())
+        if twice:
+            raise ValueError(f"{directory / name}: {', '.join(twice)} in another shard too")
+        state |= shard
     lost = sorted(set(where) - set(state))
     if lost:
         raise ValueError(f"{path}: {', '.join(lost)} in no shard")
@@ -191,7 +203,7 @@ def canonical(state: dict[str, Tensor], directory="checkpoint") -> dict[str, Ten
     """Stored names to those of Hugging Face's BertForPreTraining: one name a parameter, encoder under `bert.`.
 
     Raises:
-        ValueError: two stored tensors are one parameter and differ, or a value is not finite.
+        ValueError: two stored tensors are one parameter and differ, or a value is no finite floating point number.
     """
     result, problems = {}, []
     for stored, value in state.items():
@@ -204,12 +216,24 @@ def canonical(state: dict[str, Tensor], directory="checkpoint") -> dict[str, Ten
             name = "cls.predictions.bias"
         if name in result and not torch.equal(result[name], value):
             problems.append(f"conflicting {stored}: another tensor for {name} differs")
-        if value.is_floating_point() and not value.isfinite().all():
+        if not value.is_floating_point():
+            problems.append(f"not floating point {stored}")
+        elif not value.isfinite().all():
             problems.append(f"not finite {stored}")
         result[name] = value
     if problems:
         raise ValueError(f"{directory}: {'; '.join(problems)}")
     return result
+
+
+def architecture(directory, allow_pickle: bool = False) -> str:
+    """The Hugging Face class with the most heads that a directory has weights for."""
+    names = canonical(load_state(directory, allow_pickle), directory)
+    if "classifier.weight" in names:
+        return "BertForSequenceClassification"
+    if "cls.seq_relationship.weight" in names:
+        return "BertForPreTraining"
+    return "BertForMaskedLM" if any(name.startswith("cls.predictions.") for name in names) else "BertModel"
 
 
 def hf_names(name: str) -> tuple[str, ...]:
@@ -225,7 +249,13 @@ def _under_bert(name: str) -> str:
     return "bert." + name if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
 
 
-def load_state_into(model: nn.Module, stored: dict[str, Tensor], directory, fresh_labels: bool = False) -> tuple[str, ...]:
+def head_of(name: str) -> str | None:
+    return next((head for head in HEADS if name.startswith(head)), None)
+
+
+def load_state_into(
+    model: nn.Module, stored: dict[str, Tensor], directory, fresh_labels: bool = False
+) -> tuple[str, ...]:
     """Copy canonical tensors into `model`; returns the names of parameters in heads that are not stored at all.
 
     `fresh_labels`: a classifier of another width counts as not stored.
@@ -234,7 +264,7 @@ def load_state_into(model: nn.Module, stored: dict[str, Tensor], directory, fres
     state, fresh, problems, read = dict(model.named_parameters()), [], [], set()
     for ours, names in wanted.items():
         read.update(names)
-        head = next((head for head in HEADS if names[0].startswith(head)), None)
+        head = head_of(names[0])
         same_head = [name for name in stored if head and name.startswith(head)]
         lost = [name for name in names if name not in stored]
         if lost and head and not same_head:
@@ -252,7 +282,8 @@ def load_state_into(model: nn.Module, stored: dict[str, Tensor], directory, fres
             continue
         with torch.no_grad():
             state[ours].copy_(value)
-    unread = [name for name in stored if name not in read and name != DECODER and not name.startswith(HEADS)]
+    heads = {head_of(name) for name in read}
+    unread = [name for name in stored if name not in read and name != DECODER and head_of(name) in heads | {None}]
     problems += [f"unexpected {name}" for name in unread]
     if problems:
         raise ValueError(f"{directory}: {'; '.join(problems)}")
@@ -300,7 +331,7 @@ def save_pretrained(model: nn.Module, directory, tokenizer=None) -> None:
     write_atomically(directory / WEIGHTS, weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    write_manifest(directory)
+    write_manifest(directory, only=WRITTEN)
 
 
 def check_changes(changes: dict[str, Any]) -> None:

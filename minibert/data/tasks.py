@@ -1,6 +1,7 @@
 """Labelled text: csv, tsv and jsonl with named columns to examples, splits and packed batches."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from .packing import permute
 from .tokenizer import Tokenizer
 
 Kind = Literal["classification", "regression"]
+# the names that published sets give their columns, tried in this order
+TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
+LABELS = ("label", "score", "gold_label", "category", "intent")
+SPLITS = {"train": ("train",), "valid": ("valid", "dev", "validation"), "test": ("test",)}
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +48,48 @@ class Example:
     where: str
 
 
+def find_columns(path, text: str | None = None, pair: str | None = None, label: str | None = None) -> Columns:
+    """The columns that were named, and for the others those that the file has under a usual name.
+
+    `label` of the result is None where the file has no such column.
+    Raises:
+        ValueError: no text column was named and none has a usual name; or see `read_examples`.
+    """
+    path = Path(path)
+    row = next(_read_rows(path), None) if path.is_file() else None
+    if row is None:
+        raise ValueError(f"{path}: {'it holds no rows' if path.is_file() else 'no such file'}")
+    header = list(row[1])
+    if text is None:
+        usual = next((names for names in TEXTS if all(name in header for name in names)), None)
+        if usual is None:
+            raise ValueError(f"{path}: its columns are {', '.join(header)}: name the text with --text-column")
+        text, pair = usual[0], pair or (usual[1] if len(usual) > 1 else None)
+    return Columns(text=text, pair=pair, label=label or next((name for name in LABELS if name in header), None))
+
+
+def find_splits(path) -> dict[str, Path]:
+    """A folder's files called train, valid (or dev, validation) and test; `path` itself, as train, if it is a file."""
+    path = Path(path)
+    if not path.is_dir():
+        return {"train": path}
+    found = {
+        split: file
+        for split, stems in SPLITS.items()
+        for file in (path / (stem + suffix) for stem in reversed(stems) for suffix in SUFFIXES)
+        if file.is_file()
+    }
+    if "train" not in found:
+        raise ValueError(f"{path}: it has no train file ({', '.join('train' + suffix for suffix in SUFFIXES)})")
+    return found
+
+
 def read_examples(path, columns: Columns) -> list[Example]:
     """Read a labelled file; `columns.label=None` reads texts alone.
 
     Raises:
-        ValueError: no such file, nothing in it, not UTF-8, an unknown column, broken JSON, or a field that is missing or no
-            text; the message names file, line and field.
+        ValueError: no such file, nothing in it, not UTF-8, an unknown column, broken JSON, or a field that is missing
+            or no text; the message names file, line and field.
     """
     path = Path(path)
     if not path.is_file():
@@ -70,21 +112,25 @@ def read_examples(path, columns: Columns) -> list[Example]:
 def _read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """(line, row) of a csv, tsv or jsonl file."""
     separators = {".csv": ",", ".tsv": "\t"}
-    one_of(f"{path}: file type", path.suffix, [*separators, ".jsonl", ".json"])
+    one_of(f"{path}: file type", path.suffix, SUFFIXES)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from _read_jsonl(file, path) if path.suffix not in separators else _read_csv(file, separators[path.suffix], path)
+        file = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+    separator = separators.get(path.suffix)
+    yield from _read_jsonl(file, path) if separator is None else _read_csv(file, separator, path)
 
 
 def _read_csv(file, separator: str, path: Path) -> Iterator[tuple[int, dict]]:
     # published tsv files do not quote: a quotation mark there is a character of the text
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(file, delimiter=separator, quoting=quoting)
+    reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
     csv.field_size_limit(2**31 - 1)
     try:
-        header = next(reader, None)
+        header = next(reader, [])
+        if len(set(filter(None, header))) < len(list(filter(None, header))):
+            raise ValueError(f"{path}:1: two columns have one name: {', '.join(header)}")
         for row in reader:
             if not row:
                 continue
@@ -101,7 +147,7 @@ def _read_jsonl(file, path: Path) -> Iterator[tuple[int, dict]]:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{line}: broken JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{line}: expected a JSON object, got {type(row).__name__}")
@@ -121,7 +167,10 @@ def _label(value, path: Path, line: int, name: str) -> str:
 
 
 def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Two disjoint parts, the second with `fraction` of every label's rows (at least one); a pure function of the seed."""
+    """Two disjoint parts, the second with `fraction` of every label's rows ; a pure function of the seed.
+
+    Each label that has two rows has one in both parts; a single row stays in the first.
+    """
     by_label: dict[str | None, list[int]] = {}
     for index, example in enumerate(examples):
         by_label.setdefault(example.label, []).append(index)
@@ -130,7 +179,7 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
     groups = [list(range(len(examples)))] if few else list(by_label.values())
     for group in groups:
         order = np.argsort(uniform(fold(seed, 0x59117), np.asarray(group, dtype=np.int64)), kind="stable")
-        held.update(group[i] for i in order[: max(1, round(fraction * len(group)))])
+        held.update(group[i] for i in order[: min(max(1, round(fraction * len(group))), len(group) - 1)])
     return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
 
 
@@ -142,9 +191,11 @@ def label_names(examples: Sequence[Example]) -> tuple[str, ...]:
     """
     names = {example.label for example in examples}
     if len(names) < 2:
-        raise ValueError(f"{examples[0].where.rpartition(':')[0]}: every label is {names.pop()!r}: two classes are needed")
+        raise ValueError(
+            f"{examples[0].where.rpartition(':')[0]}: every label is {names.pop()!r}: two classes are needed"
+        )
     try:
-        return tuple(sorted(names, key=float))
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
     except ValueError:
         return tuple(sorted(names))
 
@@ -187,7 +238,9 @@ def encode_texts(
     encoded = tokenizer(*texts, truncation=truncate, max_length=max_length if truncate else None)
     for example, ids in zip(examples, encoded.input_ids, strict=True):
         if len(ids) > max_length:
-            raise ValueError(f"{example.where}: the text has {len(ids)} tokens, the model takes {max_length}: use --truncate")
+            raise ValueError(
+                f"{example.where}: the text has {len(ids)} tokens, the model takes {max_length}: use --truncate"
+            )
     return encoded.input_ids, encoded.token_type_ids
 
 

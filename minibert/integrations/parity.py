@@ -1,11 +1,12 @@
 """minibert beside transformers on the same weights: every state, head, loss and gradient.
 
-States and logits are compared by max|ours - theirs| / max(1, max|theirs|). A gradient is compared by max|ours - theirs| over the
-largest of max|theirs| and a hundredth of the largest gradient in its layer: some gradients, the key bias's above all, are zero
-but for rounding, and have no scale of their own.
+States and logits are compared by max|ours - theirs| / max(1, max|theirs|). A gradient is compared by
+max|ours - theirs| over the largest of max|theirs| and a hundredth of the largest gradient in its layer: some
+gradients, the key bias's above all, are zero but for rounding, and have no scale of their own.
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from ..batch import IGNORE
 from ..data.tokenizer import Tokenizer
-from ..hub import canonical, hf_names, load_state
-from ..model import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+from ..hub import architecture, hf_names
+from ..model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from ..model.losses import problem_type
 
 STATE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 GRADIENT_FLOOR = 1e-2
@@ -39,7 +41,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.limit  # false for nan
+        return self.error <= self.limit
 
 
 @dataclass(frozen=True)
@@ -65,30 +67,23 @@ class Report:
         }
 
 
-def parity(directory, *, allow_pickle: bool = False, backend: str = "auto") -> Report:
+def parity(directory, *, allow_pickle: bool = False, backend: str = "auto", device: str = "cpu") -> Report:
     """Load `directory` with minibert and with transformers and compare them in float32.
 
     Raises:
         ValueError: transformers is not installed, or the directory is no checkpoint.
     """
-    kind = model_class(directory, allow_pickle)
+    kind = MODELS[architecture(directory, allow_pickle)]
     theirs = load_theirs(kind, directory)
     ours = kind.from_pretrained(directory, allow_pickle=allow_pickle, backend=backend)
-    return compare(ours, theirs, dict(inputs(directory, ours.config)))
+    batches = {
+        name: {key: value.to(device) for key, value in batch.items()} for name, batch in inputs(directory, ours.config)
+    }
+    return compare(ours.to(device), theirs.to(device), batches)
 
 
-def model_class(directory, allow_pickle: bool) -> type:
-    """The model with the most heads that a directory has weights for."""
-    names = canonical(load_state(directory, allow_pickle), directory)
-    if any(name.startswith("classifier.") for name in names):
-        return BertForSequenceClassification
-    if "cls.seq_relationship.weight" in names:
-        return BertForPreTraining
-    return BertForMaskedLM if any(name.startswith("cls.predictions.") for name in names) else BertModel
-
-
-def load_theirs(kind: type, directory) -> nn.Module:
-    """The transformers model of the same name, with eager attention, in float32."""
+def load_theirs(kind: type, directory, attention: str = "eager") -> nn.Module:
+    """The transformers model of the same name, in float32 and eval mode."""
     try:
         import transformers
     except ImportError:
@@ -98,7 +93,7 @@ def load_theirs(kind: type, directory) -> nn.Module:
     config = copy.deepcopy(transformers.BertConfig.from_pretrained(directory))
     reference = getattr(transformers, kind.__name__)
     return reference.from_pretrained(
-        directory, config=config, attn_implementation="eager", dtype=torch.float32, local_files_only=True
+        directory, config=config, attn_implementation=attention, dtype=torch.float32, local_files_only=True
     ).eval()
 
 
@@ -110,7 +105,10 @@ def inputs(directory, config) -> Iterator[tuple[str, dict[str, Tensor]]]:
     ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     mask = (torch.arange(23) < lengths[:, None]).long()
     types = (torch.arange(23) >= lengths[:, None] // 2).long() * mask * (config.type_vocab_size > 1)
-    yield "random", {"input_ids": ids * mask + config.pad_token_id * (1 - mask), "attention_mask": mask, "token_type_ids": types}
+    yield (
+        "random",
+        {"input_ids": ids * mask + config.pad_token_id * (1 - mask), "attention_mask": mask, "token_type_ids": types},
+    )
     if any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         tokenizer = Tokenizer.from_pretrained(directory)
         first, second = zip(*TEXTS, strict=True)
@@ -137,11 +135,16 @@ def targets(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Labels for every head that `model` has."""
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     if isinstance(model, BertForMaskedLM | BertForPreTraining):
-        labels = torch.where(mask & (torch.arange(ids.shape[1]) % 3 == 0), (ids + 1) % model.config.vocab_size, IGNORE)
-        pairs = {"next_sentence_label": torch.arange(len(ids)) % 2}
+        labels = torch.where(
+            mask & (torch.arange(ids.shape[1], device=ids.device) % 3 == 0), (ids + 1) % model.config.vocab_size, IGNORE
+        )
+        pairs = {"next_sentence_label": torch.arange(len(ids), device=ids.device) % 2}
         return {"labels": labels} | (pairs if isinstance(model, BertForPreTraining) else {})
     if isinstance(model, BertForSequenceClassification):
-        return {"labels": torch.arange(len(ids)) % model.config.num_labels}
+        labels, n = torch.arange(len(ids), device=ids.device), model.config.num_labels
+        if problem_type(model.config, labels) == "single_label_classification":
+            return {"labels": labels % n}
+        return {"labels": (labels % 2).float() if n == 1 else torch.stack([labels % 2] * n, 1).float()}
     return {}
 
 
@@ -149,14 +152,19 @@ def run(model: nn.Module, batch: dict[str, Tensor]):
     """One forward and backward pass; a bare encoder gets the mean square of its states as loss."""
     model.zero_grad(set_to_none=True)
     extra = {"output_logits": True} if isinstance(model, BertForMaskedLM | BertForPreTraining) else {}
+    pooled, pooler = [], getattr(model, "bert", model).pooler
+    hook = pooler and pooler.register_forward_hook(lambda *call: pooled.append(call[-1]))
     output = model(**batch, output_hidden_states=True, **extra)
-    if output.get("loss") if isinstance(output, dict) else output.loss is not None:
+    if hook:
+        hook.remove()
+        output.pooler_output = pooled[0]  # models with heads keep it to themselves
+    if getattr(output, "loss", None) is not None:
         output.loss.backward()
         return output
     mask = batch["attention_mask"][..., None]
-    weights = torch.linspace(-1, 1, output.last_hidden_state.shape[-1])
+    weights = torch.linspace(-1, 1, output.last_hidden_state.shape[-1], device=mask.device)
     loss = (output.last_hidden_state.pow(2) * weights * mask).sum() / mask.sum()
-    if output.pooler_output is not None:
+    if hook:
         loss = loss + (output.pooler_output * weights).mean()
     loss.backward()
     return output
@@ -176,7 +184,8 @@ def state_errors(ours, theirs, mask: Tensor) -> Iterator[tuple[str, float]]:
 def scaled(ours: Tensor, theirs: Tensor, floor: float = 1.0) -> float:
     """max|ours - theirs| / max(floor, max|theirs|)."""
     ours, theirs = ours.detach(), theirs.detach()
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=floor))
+    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=floor))
+    return float("inf") if math.isnan(error) else error  # nan would lose itself in a max
 
 
 def gradient_errors(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, float]]:
@@ -189,8 +198,7 @@ def gradient_errors(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, f
             continue
         for their_name, grad in zip(names, parameter.grad.chunk(len(names)), strict=True):
             groups.setdefault(place(their_name), []).append((their_name, grad, expected[their_name]))
-    unpaired = [name for group in groups.values() for name, _, _ in group]
-    lost = set(expected) - set(unpaired)
+    lost = set(expected) - {name for group in groups.values() for name, _, _ in group}
     for group, members in groups.items():
         floor = max(GRADIENT_FLOOR * max(float(b.abs().max()) for _, _, b in members), 1e-12)
         error, name = max((scaled(a, b, floor), name) for name, a, b in members)

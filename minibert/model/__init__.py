@@ -7,9 +7,14 @@ from .heads import BertForMaskedLM, BertForPreTraining, BertForSequenceClassific
 from .norm import NORMS
 from .position import POSITIONS
 
+MODELS = {
+    kind.objective: kind for kind in (BertModel, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification)
+}
+
 __all__ = [
     "BLOCKS",
     "FFNS",
+    "MODELS",
     "NORMS",
     "POSITIONS",
     "BertForMaskedLM",

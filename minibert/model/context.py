@@ -12,11 +12,12 @@ from ..batch import Batch
 
 @dataclass(frozen=True)
 class Context:
-    """The batch, the dropout seed of every site ([num_sites] int64, or None where nothing is dropped), the backend."""
+    """The batch and the backend; where dropout acts, the seed of every site ([num_sites] int64) and `batch.rows`."""
 
     batch: Batch
-    seeds: Tensor | None = None
     backend: str = "auto"
+    seeds: Tensor | None = None
+    rows: Tensor | None = None
 
     def drop(self, p: float, site: int) -> dict:
         """The dropout arguments of a kernel call at `site`."""
@@ -35,8 +36,8 @@ def site_seeds(seed: int | Tensor | None, num_sites: int, device) -> Tensor:
 class Output:
     """What a model returns; fields it does not produce are None.
 
-    `output[0]`, `output[1]`, … count the fields that are there, in this order, as Hugging Face's outputs do. For a packed
-    batch the token axis is [T]; for the Hugging Face call it is [B, S], zero at padding.
+    `output[0]`, `output[1]`, … count the fields that are there, in this order, as Hugging Face's outputs do. For a
+    packed batch the token axis is [T]; for the Hugging Face call it is [B, S], zero at padding.
     """
 
     loss: Tensor | None = None

@@ -36,7 +36,7 @@ class Embeddings(nn.Module):
         x = embed_norm(
             batch.input_ids, batch.token_type_ids, batch.positions,
             self.word.weight, self.position.weight, self.token_type.weight, self.norm.weight, self.norm.bias,
-            **drop, rows=batch.rows if drop else None, eps=self.norm.eps,
+            **drop, rows=ctx.rows, eps=self.norm.eps,
         )  # fmt: skip
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
@@ -113,16 +113,16 @@ class Bert(nn.Module):
     def context(self, batch: Batch, seed: int | Tensor | None) -> Context:
         check_batch(self.config, batch)
         if not self.training:
-            return Context(batch, None, self.backend)
+            return Context(batch, self.backend)
         sites = 2 + SITES * self.config.num_hidden_layers
-        return Context(batch, site_seeds(seed, sites, batch.input_ids.device), self.backend)
+        return Context(batch, self.backend, site_seeds(seed, sites, batch.input_ids.device), batch.rows)
 
 
 class BertModel(Bert):
     """The encoder, with or without pooler.
 
-    `model(batch)` takes a packed `Batch` and returns [T, D] states; `model(input_ids, attention_mask, token_type_ids)` takes
-    Hugging Face's [B, S] layout and returns [B, S, D], zero at padding.
+    `model(batch)` takes a packed `Batch` and returns [T, D] states; `model(input_ids, attention_mask, token_type_ids)`
+    takes Hugging Face's [B, S] layout and returns [B, S, D], zero at padding.
     """
 
     objective = "BertModel"
@@ -142,7 +142,7 @@ class BertModel(Bert):
         """See the class; `seed` is this step's dropout seed, None draws one from torch's generator.
 
         Raises:
-            ValueError: shapes that do not fit, ids outside the vocabulary (checked on CPU), sequences that are too long.
+            ValueError: shapes that do not fit, ids outside the vocabulary (checked on CPU), sequences too long.
         """
         batch, mask = enter(input_ids, attention_mask, token_type_ids, position_ids)
         output = self.encode(self.context(batch, seed), output_hidden_states, output_attentions)
@@ -179,7 +179,7 @@ def part(slot: str, table: dict[str, Callable], config: BertConfig, *args) -> nn
 
 def first_tokens(x: Tensor, batch: Batch) -> Tensor:
     """The state of each sequence's first token, [T, D] to [B, D]; zero for a sequence without tokens."""
-    if min(batch.lengths, default=1) > 0:
+    if batch.min_seqlen > 0:
         return select_rows(x, batch.first_rows)
     filled = batch.cu_seqlens.diff() > 0
     first = x.new_zeros(batch.num_sequences, x.shape[-1])

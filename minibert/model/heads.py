@@ -3,7 +3,6 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert_kernels import bias_gelu, linear_cross_entropy, select_rows
@@ -14,7 +13,7 @@ from ..config import BertConfig
 from .context import Context, Output
 from .encoder import SITES, Bert, BertModel, enter, initialise, leave
 from .ffn import APPROXIMATE
-from .losses import check_classes, check_shape, classification_loss
+from .losses import check_classes, check_shape, classification_loss, cross_entropy
 from .norm import NORMS
 
 
@@ -105,9 +104,9 @@ class BertForPreTraining(Headed):
 
     def _score_pairs(self, output: Output, batch: Batch) -> None:
         logits, labels = output.seq_relationship_logits, batch.nsp_labels
-        check_shape(labels, logits[:, 0])
+        check_shape("next_sentence_label", labels, logits[:, 0])
         check_classes("next_sentence_label", labels, 2)
-        output.nsp_loss = F.cross_entropy(logits.float(), labels)
+        output.nsp_loss = cross_entropy(logits.float(), labels)
         output.nsp_correct = (logits.argmax(-1) == labels).sum()
         output.nsp_count = len(labels)
 

@@ -1,8 +1,10 @@
 """Losses of the sentence-level heads; the language-model loss is `minibert_kernels.linear_cross_entropy`."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch import IGNORE
 from ..config import BertConfig
 
 
@@ -27,24 +29,30 @@ def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> T
     kind, logits = problem_type(config, labels), logits.float()
     if kind == "regression":
         expected = logits.squeeze(-1) if config.num_labels == 1 else logits
-        check_shape(labels, expected)
+        check_shape("labels", labels, expected)
         return F.mse_loss(expected, labels.float())
     if kind == "multi_label_classification":
-        check_shape(labels, logits)
+        check_shape("labels", labels, logits)
         return F.binary_cross_entropy_with_logits(logits, labels.float())
-    check_shape(labels, logits[:, 0])
+    check_shape("labels", labels, logits[:, 0])
     check_classes("labels", labels, config.num_labels)
-    return F.cross_entropy(logits, labels)
+    return cross_entropy(logits, labels)
 
 
-def check_shape(labels: Tensor, like: Tensor) -> None:
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over rows whose label is not ignored; 0 with zero gradients, not nan, where all are."""
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def check_shape(name: str, labels: Tensor, like: Tensor) -> None:
     if labels.shape != like.shape:
-        raise ValueError(f"labels has shape {list(labels.shape)}: expected {list(like.shape)}")
+        raise ValueError(f"{name} has shape {list(labels.shape)}: expected {list(like.shape)}")
 
 
-def check_classes(name: str, labels: Tensor, classes: int, ignore: int = -100) -> None:
-    """Refuse labels outside the classes; looks at them on the CPU only."""
-    if labels.device.type == "cpu" and labels.numel():
-        wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= classes))]
+def check_classes(name: str, labels: Tensor, classes: int) -> None:
+    """Refuse labels outside the classes; looks at them on the CPU only, and not in a compiled graph."""
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]
         if wrong.numel():
-            raise ValueError(f"{name} holds {int(wrong[0])}: expected 0 to {classes - 1}, or {ignore}")
+            raise ValueError(f"{name} holds {int(wrong[0])}: expected 0 to {classes - 1}, or {IGNORE}")

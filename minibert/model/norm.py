@@ -22,7 +22,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, residual: Tensor | None = None) -> Tensor:
         drop = {} if self.site is None else ctx.drop(self.dropout, self.site)
-        rows = ctx.batch.rows if drop else None
+        rows = ctx.rows if drop else None
         return dropout_add_norm(
             x, residual, self.weight, self.bias, **drop, rows=rows, eps=self.eps, kind=self.kind, backend=ctx.backend
         )

@@ -1,0 +1,29 @@
+"""BERT's ops on packed tokens: in Triton where there is a GPU, in plain torch everywhere."""
+
+from .attention import attention
+from .layer_norm import dropout_add_norm
+from .reference import (
+    attention_probs,
+    bias_geglu,
+    bias_gelu,
+    bias_swiglu,
+    embed_norm,
+    linear_cross_entropy,
+    pack,
+    select_rows,
+    unpack,
+)
+
+__all__ = [
+    "attention",
+    "attention_probs",
+    "bias_geglu",
+    "bias_gelu",
+    "bias_swiglu",
+    "dropout_add_norm",
+    "embed_norm",
+    "linear_cross_entropy",
+    "pack",
+    "select_rows",
+    "unpack",
+]

@@ -1,0 +1,68 @@
+"""Which implementation a call gets, and why.
+
+`backend="auto"` takes Triton where the call is supported and the reference elsewhere; an explicit `"triton"` raises
+instead of falling back; `"reference"` is always possible.
+"""
+
+import logging
+from functools import cache
+
+import torch
+
+from ._triton import AVAILABLE, triton
+
+BACKENDS = ("auto", "triton", "reference")
+log = logging.getLogger("minibert_kernels")
+# decided when Triton was imported; a constant, because torch.compile does not trace the reading of an environment
+_INTERPRETING = AVAILABLE and triton.knobs.runtime.interpret
+
+
+def interpreting() -> bool:
+    """Whether Triton was imported with TRITON_INTERPRET=1, so that kernels run on CPU tensors."""
+    return _INTERPRETING
+
+
+def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) -> bool:
+    """Whether `op` runs its Triton kernel on `tensors`.
+
+    Args:
+        unsupported: what about this call the kernel cannot do, or None.
+    Raises:
+        ValueError: backend is unknown, or is "triton" and the kernel cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return False
+    device, dtype = tensors[0].device, tensors[0].dtype
+    reason = unsupported or _missing(device.type, dtype, backend == "triton" and interpreting())
+    if reason is None:
+        return True
+    if backend == "triton":
+        raise ValueError(f"{op}: backend='triton' {reason}: use backend='reference'")
+    if not torch.compiler.is_compiling():
+        _say_once(op, reason)
+    return False
+
+
+def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
+    """One line for `minibert info`: what `backend="auto"` does with tensors of `device`."""
+    reason = _missing(torch.device(device).type, dtype, False)
+    return "triton" if reason is None else f"reference ('triton' {reason})"
+
+
+def _missing(device_type: str, dtype: torch.dtype, interpret: bool) -> str | None:
+    if not AVAILABLE:
+        return "needs the package triton, which is not installed"
+    if device_type != "cuda" and not interpret:
+        return f"needs CUDA tensors, got {device_type}"
+    allowed = (torch.float32, torch.float16) + ((torch.bfloat16,) if not interpret else ())
+    if dtype not in allowed:
+        *taken, got = (str(d).removeprefix("torch.") for d in (*allowed, dtype))
+        return f"takes {', '.join(taken)}, got {got}"
+    return None
+
+
+@cache
+def _say_once(op: str, reason: str) -> None:
+    log.info("%s runs its reference: 'triton' %s", op, reason)

@@ -1,0 +1,140 @@
+"""Launch plans: how a kernel is cut into programs, as pure functions of (shape, dtype, architecture).
+
+A plan is frozen and depends on nothing else, so that one call always runs the same code; tuning is a benchmark that
+prints the table to paste here, with the GPU and the date. `xray` compiles what the plans name, without a GPU.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+# Triton 3.10 changes the default: every launch and every compilation ahead of time says it
+FP_FUSION = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AotCase:
+    """One kernel of one launch plan, ready for `triton.compile`; a kernel file yields its own: `aot_cases(capability)`.
+
+    Args:
+        op: the public op, e.g. "attention".
+        direction: "fwd" or "bwd".
+        label: what tells cases of one op and direction apart, e.g. "d=64 dropout"; unique among them.
+        fn: the `@triton.jit` function.
+        signature: Triton type of every argument, by name: "*bf16", "*fp32", "i64", "i32", "fp32", or "constexpr".
+        constexprs: value of every "constexpr" argument, by name (None for a missing pointer, 1 for a stride that a
+            launch would specialise).
+        attrs: properties a launch would find, by position of the argument: {(0,): [["tt.divisibility", 16]]}.
+        num_warps, num_stages: as at the launch.
+        matmul: whether the kernel multiplies matrices, and so must show its architecture's matrix instruction.
+    """
+
+    op: str
+    direction: str
+    label: str
+    fn: Callable
+    signature: dict
+    constexprs: dict
+    attrs: dict = field(default_factory=dict)
+    num_warps: int
+    num_stages: int
+    matmul: bool = False
+
+
+def aot_arguments(fn: Callable, **values) -> dict:
+    """The signature, constexprs and attrs of an `AotCase`: what a launch with these arguments would specialise.
+
+    Args:
+        values: for a pointer its type, e.g. "*bf16", taken as aligned to 16 bytes; else the value (int is i32).
+    """
+    signature, constexprs, attrs = {}, {}, {}
+    for index, param in enumerate(fn.params):
+        value = values.pop(param.name)
+        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[param.name], constexprs[param.name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = value if isinstance(value, str) else "i32"
+            if isinstance(value, str) or value % 16 == 0:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+    assert not values, f"{fn.__name__} has no arguments {', '.join(values)}"
+    return {"signature": signature, "constexprs": constexprs, "attrs": attrs}
+
+
+NORM_MAX_COLS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormPlan:
+    """How row kernels are cut: block_m whole rows, padded to block_n columns, a tile; 16 elements a thread.
+
+    programs_per_sm is 0 where there is a program a tile, else the persistent grid of a kernel that sums over rows.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+    programs_per_sm: int = 0
+
+
+def norm_plan(cols: int, direction: str) -> NormPlan:
+    """The plan of `dropout_add_norm` for 1 .. NORM_MAX_COLS columns, "fwd" or "bwd".
+
+    Forward takes the smallest programs, so that few rows fill a GPU too; backward 16 warps a multiprocessor, in at most
+    4 programs, because each of them writes a row of partial weight gradients.
+    """
+    block_n = max(16, 1 << (cols - 1).bit_length())
+    smallest = 1 if direction == "fwd" else 8
+    num_warps = max(smallest, block_n // 512)
+    block_m = num_warps * 512 // block_n
+    return NormPlan(
+        block_m=block_m, block_n=block_n, num_warps=num_warps,
+        programs_per_sm=0 if direction == "fwd" else 16 // num_warps,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPlan:
+    """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+# (block_m, block_n, num_warps) for head sizes up to 64 and up to 128: the largest tiles found that spill no register
+ATTENTION_TILES = {
+    ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8)),
+    ("sm_80", "dq"): ((64, 32, 4), (64, 32, 8)),
+    ("sm_80", "dkdv"): ((32, 64, 4), (32, 64, 8)),
+    ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8)),
+    ("sm_90", "dq"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_90", "dkdv"): ((64, 64, 4), (32, 64, 8)),
+    ("sm_100", "fwd"): ((64, 64, 4), (128, 64, 8)),
+    ("sm_100", "dq"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_100", "dkdv"): ((64, 64, 4), (64, 64, 8)),
+    ("float32", "fwd"): ((16, 32, 4), (16, 32, 8)),
+    ("float32", "dq"): ((16, 32, 4), (16, 16, 8)),
+    ("float32", "dkdv"): ((32, 32, 8), (16, 32, 8)),
+}
+
+
+def attention_plan(
+    head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str
+) -> AttentionPlan:  # fmt: skip
+    """The plan of one of attention's kernels, "fwd", "dq" or "dkdv"; no tile is longer than the longest sequence.
+
+    Args:
+        element_size: bytes of an element of q; 4 has no matrix unit that keeps its precision.
+        capability: of the GPU, 80 and up; consumer Blackwell, 120, has the matrix instructions of Ampere.
+    """
+    chip = {9: "sm_90", 10: "sm_100"}.get(capability // 10, "sm_80") if element_size == 2 else "float32"
+    block_m, block_n, num_warps = ATTENTION_TILES[chip, direction][head_size > 64]
+    block_d, longest = (max(16, 1 << (n - 1).bit_length()) for n in (head_size, max_seqlen))
+    return AttentionPlan(
+        block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=block_d,
+        num_warps=num_warps if longest >= min(block_m, block_n) else 4, num_stages=2 if element_size == 2 else 1,
+    )  # fmt: skip

@@ -1,0 +1,343 @@
+"""Dropout, add and normalise in one pass: out = norm(dropout(x) + residual), with statistics in float32.
+
+Forward, a row t of D columns, with total = keep ⊙ x / kept + residual:
+
+    layernorm  out = (total - mean) · rstd ⊙ weight + bias,  rstd = 1 / sqrt(mean((total - mean)²) + eps)
+    rmsnorm    out = total · rstd ⊙ weight + bias,           rstd = 1 / sqrt(mean(total²) + eps)
+
+Backward, with n = (total - mean) · rstd and g = dout ⊙ weight (mean is 0, and the middle term missing, for rmsnorm):
+
+    dresidual = rstd · (g - mean(g) - n · mean(g ⊙ n)) + dtotal,   dx = keep ⊙ dresidual / kept
+    dweight = Σ_t dout ⊙ n,   dbias = Σ_t dout
+
+Bytes, in activation rows: forward reads x and residual, writes out and total (4); backward reads dout, total and
+dtotal, writes dx and dresidual (5; dtotal exists with prenorm only, and dresidual is dx where nothing is dropped).
+Saved: total (x itself where there is neither dropout nor residual), mean and rstd in float32; the dropout mask is drawn
+again. Weight gradients are summed in the registers of each program, then over programs in one small second pass: no
+atomics, so the same bits every time.
+"""
+
+import torch
+
+from . import reference
+from ._triton import tl, triton
+from .dispatch import use_triton
+from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, norm_plan
+from .philox import as_seed, keep_scale, row_keep_tile, threshold
+
+KINDS = ("layernorm", "rmsnorm")
+
+
+@triton.jit
+def _dropout_add_norm_fwd_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr,  # [rows, cols] twice, [cols] twice; residual and bias may be None
+    seed_ptr, rows_ptr,                         # int64 scalar, int64 [rows]; read with DROPOUT only
+    out_ptr, total_ptr, mean_ptr, rstd_ptr,     # [rows, cols] contiguous twice, fp32 [rows] twice
+    stride_x_row, stride_x_col, stride_residual_row, stride_residual_col,
+    n_rows, n_cols, eps, threshold, scale,
+    RMS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.arange(0, BLOCK_N).to(tl.int64)
+    in_rows, in_row = row < n_rows, (col < n_cols)[None, :]
+    in_tile = in_rows[:, None] & in_row
+    offset = row[:, None] * n_cols + col[None, :]
+
+    x = x_ptr + row[:, None] * stride_x_row + col[None, :] * stride_x_col
+    total = tl.load(x, mask=in_tile, other=0.0).to(tl.float32)
+    if DROPOUT:
+        counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
+        keep = row_keep_tile(tl.load(seed_ptr), threshold, counter, BLOCK_M, BLOCK_N)
+        total = tl.where(keep, total * scale, 0.0)
+    if residual_ptr is not None:
+        residual = residual_ptr + row[:, None] * stride_residual_row + col[None, :] * stride_residual_col
+        total += tl.load(residual, mask=in_tile, other=0.0).to(tl.float32)
+    if DROPOUT or residual_ptr is not None:
+        # what is normalised is the sum as stored: backward reads it, and 1/sqrt(eps) would magnify a difference
+        stored = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + offset, stored, mask=in_tile)
+        total = stored.to(tl.float32)
+
+    if not RMS:
+        mean = tl.sum(total, axis=1) / n_cols
+        tl.store(mean_ptr + row, mean, mask=in_rows)
+        total = tl.where(in_row, total - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(total * total, axis=1) / n_cols + eps)
+    tl.store(rstd_ptr + row, rstd, mask=in_rows)
+
+    weight = tl.load(weight_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)
+    out = total * rstd[:, None] * weight[None, :]
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+
+
+@triton.jit
+def _dropout_add_norm_bwd_kernel(
+    dout_ptr, dtotal_ptr, total_ptr, mean_ptr, rstd_ptr,  # [rows, cols] three times, fp32 [rows] twice; dtotal or None
+    weight_ptr, seed_ptr, rows_ptr,
+    dx_ptr, dresidual_ptr, dparams_ptr,  # [rows, cols] contiguous, the second or None; fp32 [2, programs, cols]
+    stride_dout_row, stride_dout_col, stride_dtotal_row, stride_dtotal_col, stride_total_row, stride_total_col,
+    n_rows, n_cols, threshold, scale,
+    RMS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    col = tl.arange(0, BLOCK_N).to(tl.int64)
+    in_row = col < n_cols
+    weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for tile in range(program, tl.cdiv(n_rows, BLOCK_M), programs):
+        row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        in_rows = row < n_rows
+        in_tile = in_rows[:, None] & in_row[None, :]
+        offset = row[:, None] * n_cols + col[None, :]
+        dout = dout_ptr + row[:, None] * stride_dout_row + col[None, :] * stride_dout_col
+        dout = tl.load(dout, mask=in_tile, other=0.0).to(tl.float32)
+        total = total_ptr + row[:, None] * stride_total_row + col[None, :] * stride_total_col
+        n = tl.load(total, mask=in_tile, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
+        if not RMS:
+            n = tl.where(in_tile, n - tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None], 0.0)
+        n *= rstd
+        dweight += dout * n
+        dbias += dout
+
+        g = dout * weight
+        d = g - n * (tl.sum(g * n, axis=1) / n_cols)[:, None]
+        if not RMS:
+            d -= (tl.sum(g, axis=1) / n_cols)[:, None]
+        d *= rstd
+        if dtotal_ptr is not None:
+            dtotal = dtotal_ptr + row[:, None] * stride_dtotal_row + col[None, :] * stride_dtotal_col
+            d += tl.load(dtotal, mask=in_tile, other=0.0).to(tl.float32)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + offset, d.to(dresidual_ptr.dtype.element_ty), mask=in_tile)
+        if DROPOUT:
+            counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
+            d = tl.where(row_keep_tile(tl.load(seed_ptr), threshold, counter, BLOCK_M, BLOCK_N), d * scale, 0.0)
+        tl.store(dx_ptr + offset, d.to(dx_ptr.dtype.element_ty), mask=in_tile)
+    partial = dparams_ptr + program.to(tl.int64) * n_cols + col
+    tl.store(partial, tl.sum(dweight, axis=0), mask=in_row)
+    tl.store(partial + programs.to(tl.int64) * n_cols, tl.sum(dbias, axis=0), mask=in_row)
+
+
+def _forward_buffers(x, residual, dropout, kind):
+    """Uninitialised (out, total, mean, rstd); total is empty where it would be x, mean where there is none."""
+    num_rows = x.numel() // x.shape[-1]
+    total = x.new_empty(x.shape if residual is not None or dropout > 0.0 else 0)
+    mean, rstd = (x.new_empty(n, dtype=torch.float32) for n in (num_rows if kind == "layernorm" else 0, num_rows))
+    return x.new_empty(x.shape), total, mean, rstd
+
+
+def _backward_buffers(x, residual_dtype, dropout):
+    """Uninitialised (dx, dresidual); dresidual is empty where it would equal dx."""
+    separate = residual_dtype is not None and (dropout > 0.0 or residual_dtype != x.dtype)
+    return x.new_empty(x.shape), x.new_empty(x.shape if separate else 0, dtype=residual_dtype or x.dtype)
+
+
+def _matrix(x, cols):
+    """[..., cols] as [rows, cols] and its two strides; one stride between rows is needed to do so without a copy."""
+    x = x.reshape(-1, cols)
+    return x, x.stride(0), x.stride(1)
+
+
+def _counters(rows, num_rows, dropout, device):
+    """int64 [rows] counters of the dropout mask, or None without dropout."""
+    if dropout == 0.0:
+        return None
+    return torch.arange(num_rows, device=device) if rows is None else rows.reshape(-1).contiguous()
+
+
+@torch.library.custom_op("minibert::dropout_add_norm_fwd", mutates_args=())
+def _forward(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    dropout: float,
+    eps: float,
+    kind: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, total, mean, rstd = _forward_buffers(x, residual, dropout, kind)
+    num_rows, cols = len(rstd), x.shape[-1]
+    if num_rows == 0:
+        return out, total, mean, rstd
+    plan = norm_plan(cols, "fwd")
+    x, *x_strides = _matrix(x, cols)
+    residual, *residual_strides = (None, 0, 0) if residual is None else _matrix(residual, cols)
+    with torch.cuda.device_of(x):
+        _dropout_add_norm_fwd_kernel[(triton.cdiv(num_rows, plan.block_m),)](
+            x, residual, weight.contiguous(), None if bias is None else bias.contiguous(),
+            seed, _counters(rows, num_rows, dropout, x.device), out, total, mean, rstd,
+            *x_strides, *residual_strides, num_rows, cols, eps, threshold(dropout), keep_scale(dropout),
+            RMS=kind == "rmsnorm", DROPOUT=dropout > 0.0, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+            num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+    return out, total, mean, rstd
+
+
+@_forward.register_fake
+def _(x, residual, weight, bias, seed, rows, dropout, eps, kind):
+    return _forward_buffers(x, residual, dropout, kind)
+
+
+@torch.library.custom_op("minibert::dropout_add_norm_bwd", mutates_args=())
+def _backward(
+    dout: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    seed: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    dropout: float,
+    kind: str,
+    residual_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dresidual = _backward_buffers(total, residual_dtype, dropout)
+    num_rows, cols = len(rstd), total.shape[-1]
+    if num_rows == 0:
+        return dx, dresidual, weight.new_zeros(2, cols, dtype=torch.float32)
+    plan = norm_plan(cols, "bwd")
+    programs = min(triton.cdiv(num_rows, plan.block_m), plan.programs_per_sm * _multiprocessors(total.device))
+    dparams = total.new_empty(2, programs, cols, dtype=torch.float32)
+    dout, *dout_strides = _matrix(dout, cols)
+    total, *total_strides = _matrix(total, cols)
+    dtotal, *dtotal_strides = (None, 0, 0) if dtotal is None else _matrix(dtotal, cols)
+    with torch.cuda.device_of(total):
+        _dropout_add_norm_bwd_kernel[(programs,)](
+            dout, dtotal, total, mean, rstd,
+            weight.contiguous(), seed, _counters(rows, num_rows, dropout, total.device),
+            dx, dresidual if dresidual.numel() else None, dparams,
+            *dout_strides, *dtotal_strides, *total_strides,
+            num_rows, cols, threshold(dropout), keep_scale(dropout),
+            RMS=kind == "rmsnorm", DROPOUT=dropout > 0.0, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
+            num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+    return dx, dresidual, dparams.sum(1)
+
+
+@_backward.register_fake
+def _(dout, dtotal, total, mean, rstd, weight, seed, rows, dropout, kind, residual_dtype):
+    dparams = weight.new_empty(2, total.shape[-1], dtype=torch.float32)
+    return *_backward_buffers(total, residual_dtype, dropout), dparams
+
+
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _save(ctx, inputs, output):
+    x, residual, weight, bias, seed, rows, ctx.dropout, _, ctx.kind = inputs
+    _, total, mean, rstd = output
+    ctx.residual_dtype, ctx.bias_dtype = (None if t is None else t.dtype for t in (residual, bias))
+    ctx.save_for_backward(total if total.numel() else x, mean, rstd, weight, seed, rows)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, dout, dtotal, *_):
+    total, mean, rstd, weight, seed, rows = ctx.saved_tensors
+    dout = torch.zeros_like(total) if dout is None else dout
+    dtotal = dtotal if dtotal is not None and dtotal.numel() else None
+    dx, dresidual, dparams = _backward(
+        dout, dtotal, total, mean, rstd, weight, seed, rows, ctx.dropout, ctx.kind, ctx.residual_dtype
+    )
+    if ctx.residual_dtype is None:
+        dresidual = None
+    elif dresidual.shape != dx.shape:
+        dresidual = dx
+    dbias = None if ctx.bias_dtype is None else dparams[1].to(ctx.bias_dtype)
+    return dx, dresidual, dparams[0].to(weight.dtype), dbias, *(None,) * 5
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def dropout_add_norm(
+    x, residual, weight, bias, *, dropout=0.0, seed=0, rows=None, eps=1e-12, kind="layernorm", prenorm=False,
+    backend="auto",
+):  # fmt: skip
+    """Normalise the last axis of `dropout(x) + residual` (Ba et al., 2016, eq. 4; Zhang and Sennrich, 2019, eq. 4).
+
+    Args:
+        x: [..., D], float32, float16 or bfloat16, any strides; leading axes that have no common stride are copied.
+        residual: [..., D] like x, in any of those dtypes, or None.
+        weight, bias: [D], in any of those dtypes; bias may be None.
+        dropout: of x, a probability in [0, 1) in steps of 1/256; survivors are divided by the exact kept fraction.
+        seed: int, or one int64 on the device of x.
+        rows: int64, one counter for each row of x, which names it in the dropout mask; by default 0, 1, 2, ...
+        kind: "layernorm" or "rmsnorm".
+        prenorm: return (out, total) with total = dropout(x) + residual.
+        backend: "auto", "triton" or "reference".
+    Returns:
+        [..., D] in x.dtype; what is normalised is the sum rounded to x.dtype, with statistics in float32.
+    Raises:
+        ValueError: names the argument that does not fit the others.
+    """
+    _check(x, residual, weight, bias, dropout, seed, rows, kind)
+    cols = x.shape[-1]
+    unsupported = f"takes up to {NORM_MAX_COLS} columns, got {cols}" if cols > NORM_MAX_COLS else None
+    if not use_triton("dropout_add_norm", backend, x, unsupported=unsupported):
+        return reference.dropout_add_norm(
+            x, residual, weight, bias, dropout=dropout, seed=seed, rows=rows, eps=eps, kind=kind, prenorm=prenorm
+        )
+    seed = as_seed(seed, x.device) if dropout > 0.0 else None
+    out, total, _, _ = _forward(x, residual, weight, bias, seed, rows, dropout, eps, kind)
+    if not prenorm:
+        return out
+    return out, x if residual is None and dropout == 0.0 else total
+
+
+def _check(x, residual, weight, bias, dropout, seed, rows, kind):
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x is {list(x.shape)}: expected [..., D] with D of at least 1")
+    threshold(dropout)
+    if isinstance(seed, torch.Tensor):
+        as_seed(seed, x.device)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual is {list(residual.shape)}, x is {list(x.shape)}: expected the same shape")
+    for name, param in (("weight", weight), ("bias", bias)):
+        if param is not None and param.shape != x.shape[-1:]:
+            raise ValueError(f"{name} is {list(param.shape)}: expected [{x.shape[-1]}], the last axis of x")
+    if rows is not None and (rows.dtype != torch.int64 or rows.numel() * x.shape[-1] != x.numel()):
+        raise ValueError(
+            f"rows is {rows.dtype} {list(rows.shape)}: expected int64, one for each row of x {list(x.shape)}"
+        )
+    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias), ("rows", rows)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}: expected one device")
+
+
+def aot_cases(capability):
+    """The default plans in bfloat16 with float32 weights, as `AotCase`s; they are the same on every architecture."""
+    for cols in (128, 768, 1024, 8192):
+        for dropout in (False, True):
+            yield from _aot_pair(cols, dropout)
+
+
+def _aot_pair(cols, dropout):
+    tensors = dict.fromkeys(("x_ptr", "residual_ptr", "out_ptr", "total_ptr", "dout_ptr", "dx_ptr"), "*bf16")
+    tensors |= dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "dparams_ptr"), "*fp32")
+    counters = dict.fromkeys(("seed_ptr", "rows_ptr"), "*i64" if dropout else None)
+    dresidual = {"dresidual_ptr": "*bf16" if dropout else None, "dtotal_ptr": None}
+    strides = {f"stride_{name}_row": cols for name in ("x", "residual", "dout", "total")}
+    strides |= {f"stride_{name}_col": 1 for name in ("x", "residual", "dout", "total")}
+    strides |= {"stride_dtotal_row": 0, "stride_dtotal_col": 0}
+    sizes = {"n_rows": 4099, "n_cols": cols, "eps": 1e-12, "threshold": 26, "scale": 1.1}
+    for direction, fn in (("fwd", _dropout_add_norm_fwd_kernel), ("bwd", _dropout_add_norm_bwd_kernel)):
+        plan = norm_plan(cols, direction)
+        flags = {"RMS": False, "DROPOUT": dropout, "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
+        known = tensors | counters | dresidual | strides | sizes | flags
+        arguments = aot_arguments(fn, **{name: known[name] for name in fn.arg_names})
+        label = f"{cols} columns{', dropout' if dropout else ''}"
+        yield AotCase(
+            op="dropout_add_norm", direction=direction, label=label, fn=fn, **arguments,
+            num_warps=plan.num_warps, num_stages=plan.num_stages,
+        )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Steps that several verbs share."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from minibert_kernels.dispatch import use_triton
+
+from .. import hub
+from ..data import TokenStore, build_store, read_documents
+from ..data.tokenizer import Tokenizer
+from ..files import write_atomically
+from ..model import MODELS
+from ..train import Run, best, check_device, latest
+
+say = Console(stderr=True, highlight=False, soft_wrap=True).print
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is CUDA where there is one; a device that is not there is refused."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    check_device(device)
+    return device
+
+
+def check_backend(backend: str, device: str) -> None:
+    """Refuse an implementation that cannot run here, before anything is read or written."""
+    use_triton("the model", backend, torch.empty(0, device=device))
+
+
+def resolve_model(directory) -> Path:
+    """A directory with a config.json as it is; of a run, the best checkpoint, else the newest."""
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        return directory
+    found = best(directory) or latest(directory)
+    if found is None:
+        raise ValueError(f"{directory} is not a checkpoint: it has no config.json and no step-N directory")
+    return found
+
+
+def one_directory(positional: list[str], flag: str | None) -> str:
+    given = [*positional, *([flag] if flag else [])]
+    if len(given) != 1:
+        raise ValueError(f"name one directory, got {len(given)}")
+    return given[0]
+
+
+def refuse_filled(out) -> None:
+    """An output directory must be new or empty."""
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out {out} exists and is not empty: choose another")
+
+
+def load(kind: type, source: Path, device: str, backend: str, allow_pickle: bool) -> torch.nn.Module:
+    check_backend(backend, device)
+    return kind.from_pretrained(source, backend=backend, allow_pickle=allow_pickle).to(device)
+
+
+def model_kind(source: Path, allow_pickle: bool) -> type:
+    """The model class with the most heads that a directory has weights for."""
+    return MODELS[hub.architecture(source, allow_pickle)]
+
+
+def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: str) -> Tokenizer:
+    lines = (line for document in read_documents(data, text_column=text_column) for line in document)
+    return Tokenizer.train(lines, vocab_size, lowercase=not cased)
+
+
+def open_store(data: list[str], out: Path, tokenizer: str | None, new: Mapping[str, Any]) -> TokenStore:
+    """The store that `data` is, or the one under `out` that is made of it.
+
+    `new` holds vocab_size, cased and text_column, for a tokenizer that has to be trained; a store under `out` keeps the
+    tokenizer it was made with.
+    """
+    if len(data) == 1 and (Path(data[0]) / "meta.json").is_file():
+        return TokenStore(data[0])
+    if tokenizer is not None:
+        made = Tokenizer.from_pretrained(tokenizer)
+    elif (out / "meta.json").is_file():
+        made = TokenStore(out).tokenizer
+    else:
+        say("training a tokenizer")
+        made = train_tokenizer(data, new["vocab_size"], new["cased"], new["text_column"])
+    return build_store(data, out, made, text_column=new["text_column"])
+
+
+def describe(store: TokenStore) -> str:
+    return f"{store.num_documents:,} documents, {store.num_sentences:,} sentences, {store.num_tokens:,} tokens"
+
+
+def save_options(run: Run, verb: str, options: dict[str, Any]) -> None:
+    """Print the final options and keep them in the run as `config.yaml`, which `--config` reads."""
+    kept = {name: value for name, value in options.items() if name != "resume"}
+    text = yaml.safe_dump(kept, sort_keys=False)
+    say(f"minibert {verb}\n{text}", end="", markup=False)
+    write_atomically(run.path / "config.yaml", text)
+
+
+def pick(options: Mapping[str, Any], names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names.split()}
+
+
+def check_fractions(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value} is not between 0 and 1")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def print_answers(answers: list[dict], out: str | None, as_json: bool) -> None:
+    """One line an answer, on stdout or as jsonl in `out`; or one object on stdout."""
+    if out is not None:
+        write_atomically(Path(out), "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+        say(f"{len(answers):,} answers in {out}")
+    if as_json:
+        print_json({"predictions": answers})
+    elif out is None:
+        for answer in answers:
+            value = f"{answer['label']} {answer['probability']:.3f}" if "label" in answer else f"{answer['value']:.4f}"
+            print(value, " | ".join(answer[name] for name in ("text", "text_pair") if name in answer), sep="\t")
+
+
+def print_result(result: Mapping[str, Any], as_json: bool, file=None) -> None:
+    """One JSON object, or a table; a dictionary of dictionaries becomes a table of its own."""
+    if as_json:
+        print_json(result)
+        return
+    console, table = Console(highlight=False, file=file or sys.stdout), Table(show_header=False)
+    nested = {}
+    for name, value in result.items():
+        if isinstance(value, dict):
+            nested[name] = value
+        else:
+            table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+    for name, rows in nested.items():
+        columns = list(next(iter(rows.values()))) if all(isinstance(row, dict) for row in rows.values()) else []
+        inner = Table(name, *(columns or [""]))
+        for row, values in rows.items():
+            cells = [values[c] for c in columns] if columns else [values]
+            inner.add_row(row, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+        console.print(inner)

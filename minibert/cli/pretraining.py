@@ -1,0 +1,224 @@
+"""Verbs on unlabelled text: tokenizer, prepare, pretrain, fill-mask."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from ..config import PRESETS, BertConfig
+from ..data import PretrainingData, build_store, split_documents
+from ..data.tokenizer import Tokenizer
+from ..hub import load_config
+from ..model import BertForPreTraining
+from ..tasks import pretraining as task
+from ..train import TrainConfig, claim, pretraining_parts, train
+from .common import (
+    check_backend,
+    check_fractions,
+    describe,
+    load,
+    open_store,
+    pick,
+    print_json,
+    print_result,
+    refuse_filled,
+    resolve_device,
+    resolve_model,
+    save_options,
+    say,
+    train_tokenizer,
+)
+from .flags import (
+    Accumulate,
+    Arch,
+    Backend,
+    Cased,
+    Clip,
+    DataColumn,
+    Decay,
+    Device,
+    Directory,
+    Dtype,
+    EvalEvery,
+    Json,
+    KeepLast,
+    LogEvery,
+    Lr,
+    MaxDocuments,
+    Out,
+    Pickle,
+    Resume,
+    SaveEvery,
+    Seed,
+    Texts,
+    Tokens,
+    VocabSize,
+    Warmup,
+)
+
+
+def tokenizer(
+    *,
+    data: Texts,
+    out: Out,
+    vocab_size: VocabSize = 8192,
+    cased: Cased = False,
+    text_column: DataColumn = "text",
+) -> None:
+    """Train a WordPiece tokenizer.
+
+    Example: minibert tokenizer --data corpus/ --out tokenizer --vocab-size 8192
+    """
+    refuse_filled(out)
+    made = train_tokenizer(data, vocab_size, cased, text_column)
+    made.save_pretrained(out)
+    say(f"{made.vocab_size:,} pieces in {out}")
+
+
+def prepare(
+    *,
+    data: Texts,
+    out: Out,
+    tokenizer: Tokens = None,
+    vocab_size: VocabSize = 8192,
+    cased: Cased = False,
+    text_column: DataColumn = "text",
+    max_documents: MaxDocuments = None,
+) -> None:
+    """Turn text into a token store, which `pretrain --data` reads without preparing it again.
+
+    Example: minibert prepare --data corpus/ --out store --tokenizer tokenizer
+    """
+    made = (
+        train_tokenizer(data, vocab_size, cased, text_column)
+        if tokenizer is None
+        else Tokenizer.from_pretrained(tokenizer)
+    )
+    store = build_store(data, out, made, text_column=text_column, max_documents=max_documents)
+    say(f"{out}: {describe(store)}")
+
+
+def pretrain(
+    *,
+    data: Annotated[list[str], "a token store, or text to make one from (kept in --out/data)"],
+    out: Out,
+    model: Annotated[str, f"architecture: {', '.join(PRESETS)}"] = "bert-tiny",
+    arch: Arch = {},  # noqa: B006
+    init: Annotated[str | None, "directory whose weights to start from, instead of --model"] = None,
+    tokenizer: Annotated[
+        str | None, "directory or file of a tokenizer; by default that of --init, or a new one"
+    ] = None,
+    vocab_size: VocabSize = 8192,
+    cased: Cased = False,
+    text_column: DataColumn = "text",
+    steps: Annotated[int, "optimizer steps"] = 1000,
+    batch_tokens: Annotated[int, "tokens of a batch"] = 4096,
+    max_length: Annotated[int, "tokens of a sample, at most"] = 128,
+    mask_rate: Annotated[float, "share of the tokens to predict"] = 0.15,
+    whole_word: Annotated[bool, "mask all pieces of a word together"] = False,
+    nsp: Annotated[bool, "predict the next sentence, too"] = True,
+    valid_fraction: Annotated[float, "share of the documents held out"] = 0.05,
+    lr: Lr = 1e-3,
+    warmup: Warmup = 0.1,
+    weight_decay: Decay = 0.01,
+    clip: Clip = 1.0,
+    accumulate: Accumulate = 1,
+    eval_every: EvalEvery = None,
+    eval_batches: Annotated[int | None, "batches of an evaluation; None for all"] = 32,
+    save_every: SaveEvery = 100,
+    keep_last: KeepLast = 2,
+    log_every: LogEvery = 10,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    backend: Backend = "auto",
+    resume: Resume = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Pretrain with masked language model and next-sentence prediction.
+
+    Example: minibert pretrain --data corpus/ --model bert-tiny --steps 300 --out runs/tiny
+    """
+    options = dict(locals())
+    config = TrainConfig(
+        **pick(options, "steps lr warmup weight_decay clip accumulate seed dtype"),
+        **pick(options, "eval_every eval_batches save_every keep_last log_every"),
+        device=resolve_device(device),
+        best_metric="loss",
+    )
+    check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
+    check_backend(backend, config.device)
+    start = resolve_model(init) if init else None
+    # refused before anything is read or written
+    planned = load_config(start).replace(**arch) if start else BertConfig.preset(model, **arch)
+    if max_length > planned.max_position_embeddings:
+        raise ValueError(f"max_length={max_length} exceeds max_position_embeddings={planned.max_position_embeddings}")
+    with claim(out, resume) as run:
+        store = open_store(data, run.path / "data", tokenizer or (start and str(start)), options)
+        samples = pick(options, "seed batch_tokens max_length mask_rate nsp whole_word")
+        learned, held_out = (
+            PretrainingData(store, store.tokenizer, documents=documents, **samples)
+            for documents in split_documents(store.num_documents, valid_fraction, seed)
+        )
+        network = new_network(options, start, store.tokenizer)
+        save_options(run, "pretrain", options)
+        say(f"{describe(store)}; {len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
+        result = train(
+            network,
+            learned,
+            lambda network, limit: task.evaluate(network, held_out.evaluation_batches(limit), config.device),
+            config,
+            run,
+            store.tokenizer,
+            parts=pretraining_parts,
+            settings=samples | {"valid_fraction": valid_fraction, "data": store.meta["counts"]},
+        )
+    print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
+
+
+def new_network(options: dict, start: Path | None, tokenizer: Tokenizer) -> BertForPreTraining:
+    """The network of `pretrain`: a preset that fits the tokenizer, or the weights of `start`."""
+    torch.manual_seed(options["seed"])
+    backend = options["backend"]
+    if start is None:
+        vocabulary = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_token_id}
+        config = BertConfig.preset(options["model"], **vocabulary | options["arch"])
+        network = BertForPreTraining(config, backend=backend)
+    else:
+        allow_pickle = options["allow_pickle"]
+        network = BertForPreTraining.from_pretrained(
+            start, backend=backend, allow_pickle=allow_pickle, **options["arch"]
+        )
+        say(f"new parameters: {', '.join(network.new_parameters) or 'none'}")
+    if tokenizer.vocab_size > network.config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, vocab_size={network.config.vocab_size}")
+    return network
+
+
+def fill_mask(
+    text: Annotated[list[str], "texts with [MASK]"],
+    /,
+    *,
+    model: Directory,
+    top: Annotated[int, "tokens to show"] = 5,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    allow_pickle: Pickle = False,
+    json: Json = False,
+) -> None:
+    """Say what stands behind each [MASK].
+
+    Example: minibert fill-mask --model runs/tiny "The statement returns a [MASK] of values."
+    """
+    if not text:
+        raise ValueError("give at least one text with [MASK]")
+    source = resolve_model(model)
+    network = load(BertForPreTraining, source, resolve_device(device), backend, allow_pickle)
+    if any(name.startswith("mlm.") for name in network.new_parameters):
+        raise ValueError(f"{source} has no masked-language-model head: pretrain it first")
+    answers = task.fill_mask(network, Tokenizer.from_pretrained(source), text, top)
+    if json:
+        print_json({"masks": answers})
+        return
+    for answer in answers:
+        print("  ".join(f"{entry['token']} {entry['probability']:.3f}" for entry in answer))

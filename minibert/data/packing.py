@@ -1,0 +1,186 @@
+"""Packed pretraining batches by token budget. The state of the loader is one integer: how many samples were taken."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from minibert_kernels.philox import fold, philox
+
+from ..batch import Batch, pack
+from .masking import Masker
+from .pairs import PairSampler, Plan
+from .store import TokenStore
+from .tokenizer import Tokenizer
+
+FEISTEL_ROUNDS = 4  # pseudo-random from three on (Luby and Rackoff, 1988)
+PREFETCH = 2  # batches that wait in the queue
+
+
+def permute(seed: int, epoch, index, n: int):
+    """Where `index` lands in the epoch's permutation of range(n).
+
+    A Feistel network permutes the next power of four; it is walked until the value is below n.
+
+    Args:
+        epoch, index: ints, or int64 arrays of one shape; 0 <= index < n.
+    Returns:
+        an int, or an int64 array.
+    """
+    half = max(((n - 1).bit_length() + 1) // 2, 1)
+    mask = (1 << half) - 1
+    epoch, index = np.broadcast_arrays(np.asarray(epoch, np.int64), np.asarray(index, np.int64))
+    key, value = fold(seed, 0xFE15), index.reshape(-1).copy()
+    epoch, walking = epoch.reshape(-1), np.arange(value.size)
+    while len(walking):
+        left, right = value[walking] >> half, value[walking] & mask
+        for round_ in range(FEISTEL_ROUNDS):
+            word = philox(key, right, epoch[walking], epoch[walking] >> 32, round_)[0]
+            left, right = right, left ^ (word & mask)
+        value[walking] = left << half | right
+        walking = walking[value[walking] >= n]
+    return value.reshape(index.shape) if index.shape else int(value[0])
+
+
+class PretrainingData:
+    """The endless stream of samples of a store, masked and packed; each is a pure function of (seed, cursor).
+
+    Args:
+        tokenizer: the one that the store was built with.
+        documents: ids of the documents to use, all by default (see `split_documents`).
+        max_length: the most tokens of a sample. batch_tokens: the most of a batch, which always has a sample.
+        mask_rate, whole_word: see `Masker`. nsp: pairs or single segments, see `PairSampler`.
+    Raises:
+        ValueError: the store was built with another tokenizer, or an option out of range.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        tokenizer: Tokenizer,
+        *,
+        documents: Sequence[int] | None = None,
+        seed: int = 0,
+        max_length: int = 128,
+        batch_tokens: int = 4096,
+        mask_rate: float = 0.15,
+        nsp: bool = True,
+        whole_word: bool = False,
+        short_prob: float = 0.1,
+    ):
+        if store.meta["tokenizer_hash"] != tokenizer.hash:
+            raise ValueError(f"{store.path} was built with another tokenizer: build the store again")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens={batch_tokens} is not positive")
+        self.seed, self.batch_tokens, self.nsp = seed, batch_tokens, nsp
+        self.sampler = PairSampler(store, seed, max_length, nsp, short_prob, documents, tokenizer)
+        self._mask = Masker(
+            seed,
+            rate=mask_rate,
+            mask_id=tokenizer.mask_token_id,
+            vocab_size=tokenizer.vocab_size,
+            special_ids=tokenizer.special_ids,
+            is_continuation=tokenizer.is_continuation if whole_word else None,
+        )
+        self._window = (0, 0, None)  # planned stretch of the stream: first and last cursor, and its rows
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self.sampler)
+
+    def next_batch(self, cursor: int) -> tuple[Batch, int]:
+        """The batch that begins at sample `cursor` of the stream, and the cursor behind it."""
+        (epoch, index, plan), end = self._take(cursor)
+        return self._build(epoch, index, plan, np.arange(cursor, end)), end
+
+    def batches(self, cursor: int = 0, workers: int = 0) -> Iterator[tuple[Batch, int]]:
+        """`next_batch` without end; with workers > 0 a thread prepares the batches ahead. The sequence is the same."""
+        stream = self._stream(cursor)
+        return _prefetch(stream) if workers else stream
+
+    def evaluation_batches(self, limit: int | None = None) -> Iterator[Batch]:
+        """One pass over the samples in their order, with the draws of epoch 0; at most `limit` batches."""
+        index = np.arange(len(self))
+        plan = self.sampler.plan(np.zeros_like(index), index)
+        start, count = 0, 0
+        while start < len(self) and (limit is None or count < limit):
+            end = start + self._fill(plan.sizes[start:])
+            rows = slice(start, end)
+            yield self._build(np.zeros_like(index[rows]), index[rows], plan[rows], index[rows])
+            start, count = end, count + 1
+
+    def _stream(self, cursor: int) -> Iterator[tuple[Batch, int]]:
+        while True:
+            batch, cursor = self.next_batch(cursor)
+            yield batch, cursor
+
+    def _take(self, cursor: int):
+        """(epoch, index, plan) of the samples that fit one batch, and the cursor behind them."""
+        first, last, rows = self._window
+        size = 64
+        while True:
+            if first <= cursor < last:
+                epoch, index, plan = rows
+                here = slice(cursor - first, None)
+                count = self._fill(plan.sizes[here])
+                if cursor + count < last:  # a batch that ends with the window might have taken more
+                    here = slice(cursor - first, cursor - first + count)
+                    return (epoch[here], index[here], plan[here]), cursor + count
+            size *= 4
+            first, last = cursor, cursor + size
+            rows = self._rows(np.arange(first, last))
+            self._window = (first, last, rows)
+
+    def _rows(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray, Plan]:
+        epoch = cursors // len(self)
+        index = permute(self.seed, epoch, cursors % len(self), len(self))
+        return epoch, index, self.sampler.plan(epoch, index)
+
+    def _fill(self, sizes: np.ndarray) -> int:
+        """How many of these samples fit the budget: one at least."""
+        return max(int(np.searchsorted(np.cumsum(sizes), self.batch_tokens, side="right")), 1)
+
+    def _build(self, epoch, index, plan: Plan, seq_ids: np.ndarray) -> Batch:
+        ids, types = self.sampler.gather(plan)
+        ids, rows, labels = self._mask(ids, plan.sizes, epoch, index)
+        borders = np.cumsum(plan.sizes)[:-1]
+        targets = {"mlm_rows": torch.from_numpy(rows), "mlm_labels": torch.from_numpy(labels)}
+        if self.nsp:
+            targets["nsp_labels"] = torch.from_numpy(plan.is_random)
+        return pack(np.split(ids, borders), np.split(types, borders), seq_ids=seq_ids, **targets)
+
+
+def _prefetch(stream: Iterator) -> Iterator:
+    """The same items, made ahead by a thread; an error in it is raised here, and closing the iterator ends it."""
+    ready, stopped = queue.Queue(maxsize=PREFETCH), threading.Event()
+
+    def put(item) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        try:
+            for item in stream:
+                if not put((item, None)):
+                    return
+        except BaseException as error:  # handed to the reader, whatever it is
+            put((None, error))
+
+    thread = threading.Thread(target=work, name="minibert-data", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

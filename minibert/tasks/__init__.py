@@ -1,0 +1,1 @@
+"""What each task reads, predicts and measures: `pretraining` and `classification`."""

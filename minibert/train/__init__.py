@@ -1,0 +1,39 @@
+"""Training: the loop, its checkpoints and its log, and what they are made of."""
+
+from .checkpoint import CheckpointError, Run, best, claim, latest, verify
+from .log import METRICS, TIMING_FIELDS, read_metrics
+from .loop import (
+    Interrupted,
+    NonFiniteError,
+    Result,
+    TrainConfig,
+    check_device,
+    mean_over_sequences,
+    pretraining_parts,
+    train,
+)
+from .optim import adamw, param_groups
+from .schedule import SCHEDULES
+
+__all__ = [
+    "METRICS",
+    "SCHEDULES",
+    "TIMING_FIELDS",
+    "CheckpointError",
+    "Interrupted",
+    "NonFiniteError",
+    "Result",
+    "Run",
+    "TrainConfig",
+    "adamw",
+    "best",
+    "check_device",
+    "claim",
+    "latest",
+    "mean_over_sequences",
+    "param_groups",
+    "pretraining_parts",
+    "read_metrics",
+    "train",
+    "verify",
+]

@@ -1,0 +1,238 @@
+"""A run's directory: who may write into it, and checkpoints that are whole or not there.
+
+A checkpoint is written as `step-N.tmp/`, every file flushed to the disk and listed with size and sha256 in its
+`manifest.json`, and then renamed to `step-N/`. Which checkpoint is the newest is found by looking: no file points to
+it, so none can point to the wrong one.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..files import MANIFEST, fsync_path, verify_manifest, write_manifest
+from .log import METRICS
+
+LOCK = ".lock"
+STEP = re.compile(r"step-(0|[1-9]\d*)")
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory that this process holds, see `claim`."""
+
+    path: Path
+    resume: bool
+
+
+@contextlib.contextmanager
+def claim(run_dir, resume: bool = False) -> Iterator[Run]:
+    """Hold `run_dir` (made where it is missing) for this process, and sweep what a killed process left half-written.
+
+    A directory that was made here and got nothing written into it is removed at the end.
+    Raises:
+        ValueError: another process holds it, it holds a run already and `resume` is false, or it cannot be written.
+    """
+    path = Path(run_dir)
+    try:
+        _refuse_run(path, resume)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"{path} is no directory to write into ({error.strerror}): choose another output") from None
+    try:
+        _lock(lock, path)
+        try:
+            _refuse_run(path, resume)  # a run may have ended while we came here
+            sweep(path)
+            yield Run(path, resume)
+        finally:
+            with contextlib.suppress(OSError):
+                if [entry.name for entry in path.iterdir()] == [LOCK]:
+                    (path / LOCK).unlink()
+                    path.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _refuse_run(path: Path, resume: bool) -> None:
+    if not resume and ((path / METRICS).exists() or steps(path)):
+        raise ValueError(f"{path} already holds a run: continue it with --resume, or choose another output")
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
+        raise ValueError(
+            f"{path} is in use by another process (pid {holder}): wait for it, or choose another output"
+        ) from None
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()}\n".encode())
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove half-written checkpoints and log files; only for who holds the directory."""
+    for path in Path(run_dir).glob("step-*.tmp"):
+        shutil.rmtree(path)
+    for path in Path(run_dir).glob(f".{METRICS}.*.tmp"):
+        path.unlink()
+
+
+def steps(run_dir) -> list[int]:
+    """The steps that have a checkpoint directory, whole or damaged, in order."""
+    run_dir = Path(run_dir)
+    names = [entry.name for entry in run_dir.iterdir() if entry.is_dir()] if run_dir.is_dir() else []
+    return sorted(int(match[1]) for match in map(STEP.fullmatch, names) if match)
+
+
+def save(run_dir, step: int, write: Callable[[Path], None], *, keep_last: int = 2, best: int | None = None) -> Path:
+    """Write a checkpoint, then remove those that are neither among the last `keep_last` nor that of step `best`.
+
+    Args:
+        step: number of optimizer steps done. A step that is already saved whole is left as it is.
+        write: puts the files into the directory it is given.
+    Returns:
+        `run_dir/step-N`.
+    Raises:
+        CheckpointError: it could not be written (disk full, read-only, …). Nothing of it is left where that is
+            possible, and every earlier checkpoint is as it was.
+    """
+    target = Path(run_dir) / f"step-{step}"
+    if not target.exists() or is_damaged(target):
+        _write(target, write)
+    _prune(target.parent, step, keep_last, best)
+    return target
+
+
+def _write(target: Path, write: Callable[[Path], None]) -> None:
+    partial = target.with_name(target.name + ".tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        for stray in partial.glob(".*"):  # safetensors writes beside and renames; a failed one may stay
+            stray.unlink()
+        write_manifest(partial)
+        if target.exists():
+            _remove(target)
+        partial.rename(target)
+        fsync_path(target.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        earlier = [n for n in steps(target.parent) if f"step-{n}" != target.name]
+        rest = f"; step-{earlier[-1]} is as it was" if earlier else ""
+        raise CheckpointError(f"{target} could not be saved: {reason}{rest}") from error
+
+
+def _prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:
+    there = steps(run_dir)
+    # later steps than the one just saved were found damaged when the run resumed: they must not count as the last
+    kept = {*[n for n in there if n <= step][-keep_last:], best}
+    for n in there:
+        if n not in kept:
+            try:
+                _remove(run_dir / f"step-{n}")
+            except OSError as error:
+                logger.warning("%s could not be removed: %s", run_dir / f"step-{n}", error.strerror)
+
+
+def _remove(directory: Path) -> None:
+    """Out of sight in one move, so that a kill leaves nothing that looks like a checkpoint."""
+    trash = directory.with_name(directory.name + ".old.tmp")
+    shutil.rmtree(trash, ignore_errors=True)
+    directory.rename(trash)
+    shutil.rmtree(trash)
+
+
+def verify(directory) -> None:
+    """Check a checkpoint against its manifest, and that it holds nothing else.
+
+    Raises:
+        ValueError: one line that names the file that is missing, extra, truncated or changed.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a checkpoint: no such directory")
+    manifest = verify_manifest(directory)
+    # a change that leaves the meaning alone is still a change
+    if (directory / MANIFEST).read_text(encoding="utf-8") != json.dumps(manifest, indent=2) + "\n":
+        raise ValueError(f"{directory / MANIFEST}: not as it was written: damaged or changed")
+    extra = sorted({entry.name for entry in directory.iterdir()} - {MANIFEST, *manifest["files"]})
+    if extra:
+        raise ValueError(f"{directory / extra[0]} is not in {MANIFEST}: remove it")
+
+
+def is_damaged(directory) -> str | None:
+    """What `verify` has against a checkpoint, or None."""
+    try:
+        verify(directory)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def latest(run_dir) -> Path | None:
+    """The newest whole checkpoint, or None where there is no checkpoint at all; every damaged one is warned about.
+
+    Raises:
+        ValueError: all are damaged; the line is about the newest.
+    """
+    problems = []
+    for step in reversed(steps(run_dir)):
+        directory = Path(run_dir) / f"step-{step}"
+        problem = is_damaged(directory)
+        if problem is None:
+            return directory
+        logger.warning("passed over a damaged checkpoint: %s", problem)
+        problems.append(problem)
+    if problems:
+        raise ValueError(f"{run_dir} has no checkpoint that is whole: {problems[0]}")
+    return None
+
+
+def best(run_dir) -> Path | None:
+    """The checkpoint with the best evaluation, by what the newest whole one says, or None where none was evaluated."""
+    newest = latest(run_dir)
+    record = newest and read_trainer(newest)["best"]
+    return Path(run_dir) / f"step-{record['step']}" if record else None
+
+
+def read_trainer(directory) -> dict:
+    """`trainer.json` of a checkpoint: step, cursor, best, metrics, config, settings, versions.
+
+    Raises:
+        ValueError: it is missing, no JSON, of another step than the directory's name says, or lacks a field.
+    """
+    path = Path(directory) / "trainer.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        lost = [
+            name
+            for name in ("step", "cursor", "best", "metrics", "config", "settings", "versions")
+            if name not in state
+        ]
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if lost:
+        raise ValueError(f"{path} has no {', '.join(lost)}: written by another version?")
+    if path.parent.name != f"step-{state['step']}":
+        raise ValueError(f"{path} is of step {state['step']}, in a directory of another name")
+    return state

@@ -1,0 +1,403 @@
+"""The training loop. It knows steps, not objectives: pretraining and fine-tuning differ in model, data and `parts`.
+
+Everything random is a function of (seed, step) or of the data's cursor, so a run that was killed and resumed has the
+weights and the log of one that was not, bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import platform
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Protocol, get_args
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from minibert_kernels.philox import fold
+
+from .. import __version__, hub
+from ..batch import IGNORE, Batch
+from ..config import one_of
+from . import checkpoint
+from .checkpoint import Run, claim
+from .log import METRICS, MetricsLog, Progress, truncate_metrics
+from .optim import adamw, load_optimizer_state, optimizer_state
+from .schedule import SCHEDULES
+
+Dtype = Literal["float32", "bfloat16"]
+Mode = Literal["lower", "higher"]
+OPTIMIZER = "optimizer.safetensors"
+DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
+FREE = (
+    "save_every",
+    "keep_last",
+)  # the only fields that a resumed run may change: neither weights nor log depend on them
+logger = logging.getLogger(__name__)
+
+
+class Data(Protocol):
+    """An endless stream; the cursor is one integer, 0 at the beginning."""
+
+    def next_batch(self, cursor: int) -> tuple[Batch, int]: ...
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or the gradient is not finite; the weights are those of the step before."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came; the step was finished and a checkpoint saved. `exit_code` is 128 + the signal."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum, self.exit_code = signum, 128 + signum
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. `None` for eval_every or save_every means at the end only.
+
+    steps: optimizer steps. lr: the peak learning rate.
+    warmup: a whole number of steps, or a fraction of `steps` (a float in [0, 1)).
+    clip: largest norm of the gradient, None for no limit. accumulate: micro-batches a step.
+    dtype: bfloat16 is autocast; weights and optimizer stay float32.
+    eval_batches: handed to the evaluation, None for everything.
+    best_metric: the evaluation's number whose best checkpoint is kept, best_mode whether lower or higher is better.
+    Raises ValueError, naming field, value and what is expected.
+    """
+
+    steps: int
+    lr: float = 1e-4
+    warmup: int | float = 0.1
+    schedule: str = "linear"
+    weight_decay: float = 0.01
+    clip: float | None = 1.0
+    accumulate: int = 1
+    seed: int = 0
+    dtype: Dtype = "float32"
+    eval_every: int | None = None
+    eval_batches: int | None = None
+    best_metric: str | None = None
+    best_mode: Mode = "lower"
+    save_every: int | None = None
+    keep_last: int = 2
+    log_every: int = 10
+    device: str = "cpu"
+
+    def __post_init__(self):
+        optional = ("eval_every", "eval_batches", "save_every")
+        for name in ("steps", "accumulate", "keep_last", "log_every", *optional):
+            value = getattr(self, name)
+            if not (name in optional and value is None) and (not _is_whole(value) or value < 1):
+                raise ValueError(f"{name}={value!r} is not a positive whole number{' or null' * (name in optional)}")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if not (name == "clip" and value is None) and (not _is_number(value) or value <= 0):
+                raise ValueError(f"{name}={value!r} is not a positive number")
+        if not _is_number(self.weight_decay) or self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay!r} is not a number from 0")
+        if not _is_number(self.warmup) or not 0 <= self.warmup < (self.steps if _is_whole(self.warmup) else 1):
+            raise ValueError(
+                f"warmup={self.warmup!r} is neither a fraction in [0, 1) nor fewer than steps={self.steps}"
+            )
+        one_of("schedule", self.schedule, SCHEDULES)
+        one_of("dtype", self.dtype, get_args(Dtype))
+        one_of("best_mode", self.best_mode, get_args(Mode))
+        check_device(self.device)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.warmup if _is_whole(self.warmup) else round(self.warmup * self.steps)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: its steps, last evaluation, the record of the best one, and where the last checkpoint lies."""
+
+    step: int
+    metrics: dict[str, float]
+    best: dict | None
+    checkpoint: Path
+
+
+def check_device(device: str) -> torch.device:
+    """Raise ValueError unless this machine has `device`."""
+    try:
+        result = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device={device!r} is not the name of a device: expected cpu, cuda or cuda:0") from None
+    if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices: use device=cpu"
+        )
+    return result
+
+
+def mean_over_sequences(batch: Batch) -> dict[str, int]:
+    """`loss` is a mean over the sequences of a batch: classification and regression."""
+    return {"loss": batch.num_sequences}
+
+
+def pretraining_parts(batch: Batch) -> dict[str, int]:
+    """`mlm_loss` is a mean over labelled tokens, `nsp_loss` one over pairs; a loss without labels is left out."""
+    labels = {"mlm_loss": batch.mlm_labels, "nsp_loss": batch.nsp_labels}
+    return {name: int((value != IGNORE).sum()) for name, value in labels.items() if value is not None}
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    evaluate: Callable[[nn.Module, int | None], Mapping[str, float]] | None,
+    config: TrainConfig,
+    run_dir: Path | str | Run,
+    tokenizer=None,
+    resume: bool = False,
+    *,
+    parts: Callable[[Batch], dict[str, int]] = mean_over_sequences,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
+
+    Args:
+        model: called as `model(batch, seed=int)`, saved with `save_pretrained`; its initial weights are the caller's.
+        evaluate: called as `evaluate(model, config.eval_batches)` in eval mode, without gradients and under the run's
+            autocast, every `eval_every` steps and after the last.
+        run_dir: a directory, or the `Run` of a `claim` that the caller holds; then `resume` is the claim's.
+        parts: the names of the model's losses, which are means, and over how many things of a batch each is one. The
+            loss of a step is the sum of those means over all its micro-batches together: the same however it is cut.
+        settings: whatever else decides the result, in JSON's types: saved, and compared when the run resumes.
+    Raises:
+        ValueError: settings differ from those of the run to resume, or see `claim` and `checkpoint.latest`.
+        NonFiniteError: a loss or gradient is not finite. Interrupted: a signal came. OSError: disk full and the like.
+    """
+    with contextlib.nullcontext(run_dir) if isinstance(run_dir, Run) else claim(run_dir, resume) as run:
+        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}).run()
+
+
+class Trainer:
+    """One run: model, optimizer, and what a checkpoint holds beside them (step, cursor, best, metrics)."""
+
+    def __init__(self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping):
+        self.device = check_device(config.device)
+        self.model, self.data, self.evaluate = model.to(self.device), data, evaluate
+        self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
+        settings = {"model": model.config.to_dict(), **settings}
+        self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
+        self.optimizer = adamw(model, config.lr, config.weight_decay)
+        self.step = self.cursor = 0
+        self.best, self.metrics, self.checkpoint = None, {}, None
+        if run.resume:
+            self.load()
+
+    def run(self) -> Result:
+        """Train from where the state is to the last step."""
+        config = self.config
+        started, tokens, busy = time.monotonic(), 0, 0.0
+        with (
+            MetricsLog(self.path / METRICS) as log,
+            Progress(config.steps, self.step) as progress,
+            _signals() as signals,
+        ):
+            self.model.train()
+            drawn = self._draw(self.cursor) if self.step < config.steps else None
+            while self.step < config.steps:
+                begun = time.monotonic()
+                batches, weights, cursor = drawn
+                values = self._backward(batches, weights)
+                # the host draws the next batches while the device still works on these
+                drawn = self._draw(cursor)
+                record = self._update(batches, weights, values)
+                self.step, self.cursor = self.step + 1, cursor
+                tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
+                evaluated = self.evaluate is not None and self._due(config.eval_every)
+                improved = evaluated and self._evaluate()
+                if evaluated or self._due(config.log_every):
+                    timing = {"tokens_per_second": tokens / busy, "seconds": time.monotonic() - started}
+                    record |= timing | ({f"eval_{k}": v for k, v in self.metrics.items()} if evaluated else {})
+                    log.write(record)
+                    progress.show(record)
+                    tokens, busy = 0, 0.0
+                progress.advance(self.step)
+                if improved or signals or self._due(config.save_every):
+                    log.sync()
+                    self.save()
+                if signals and self.step < config.steps:
+                    self._stop(signals[0])
+        return Result(self.step, self.metrics, self.best, self.checkpoint)
+
+    def _due(self, every: int | None) -> bool:
+        return self.step == self.config.steps or (every is not None and self.step % every == 0)
+
+    def _draw(self, cursor: int) -> tuple[list[Batch], list[dict[str, float]], int]:
+        """The micro-batches of a step, the share that each of their losses has in the step's, and the next cursor."""
+        batches, totals = [], Counter()
+        for _ in range(self.config.accumulate):
+            batch, cursor = self.data.next_batch(cursor)
+            batches.append(batch)
+        counts = [self.parts(batch) for batch in batches]
+        for count in counts:
+            totals.update(count)
+        return batches, [{name: n / max(totals[name], 1) for name, n in count.items()} for count in counts], cursor
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def _backward(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
+        """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses."""
+        # not keyed on the micro-batch: dropout is keyed on sequences, so it is the same however the step is cut
+        seed = fold(self.config.seed, DROPOUT, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for batch, share in zip(batches, weights, strict=True):
+            with self._autocast():
+                output = self.model(batch.to(self.device), seed=seed)
+            means = {name: getattr(output, name) for name in share}
+            sum(means[name] * share[name] for name in share).backward()
+            losses += [mean.detach().float() for mean in means.values()]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        return torch.stack([norm.float(), *losses])
+
+    def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
+        """The optimizer's step, unless something is not finite. Returns the record of the step."""
+        norm, *losses = values.tolist()  # the one wait for the device in a step
+        flat = [
+            (name, weight, batch)
+            for batch, share in zip(batches, weights, strict=True)
+            for name, weight in share.items()
+        ]
+        means = dict.fromkeys((name for name, _, _ in flat), 0.0)
+        for (name, weight, _), loss in zip(flat, losses, strict=True):
+            means[name] += weight * loss
+        broken = [
+            (name, loss, batch) for (name, _, batch), loss in zip(flat, losses, strict=True) if not math.isfinite(loss)
+        ]
+        if broken:
+            self._refuse(f"{broken[0][0]} is {broken[0][1]}", [batch for _, _, batch in broken])
+        if not math.isfinite(norm):
+            self._refuse(f"the norm of the gradient is {norm}", batches)
+        lr = self.config.lr * SCHEDULES[self.config.schedule](self.step, self.config.steps, self.config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return {"step": self.step + 1, "loss": sum(means.values())} | means | {"learning_rate": lr, "grad_norm": norm}
+
+    def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
+        ids = torch.cat([batch.seq_ids for batch in batches])
+        where = f"samples {ids.min()} to {ids.max()}"
+        raise NonFiniteError(f"step {self.step + 1}: {what} on {where}; no optimizer step was made: try a lower lr")
+
+    def _evaluate(self) -> bool:
+        """Evaluate; true where the result is the best so far."""
+        config = self.config
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            self.metrics = {
+                name: float(value) for name, value in self.evaluate(self.model, config.eval_batches).items()
+            }
+        self.model.train()
+        if config.best_metric is None:
+            return False
+        one_of("best_metric", config.best_metric, self.metrics)
+        value = self.metrics[config.best_metric]
+        sign = 1 if config.best_mode == "lower" else -1
+        improved = math.isfinite(value) and (self.best is None or sign * value < sign * self.best["value"])
+        if improved:
+            self.best = {"metric": config.best_metric, "value": value, "step": self.step}
+        return improved
+
+    def _stop(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        raise Interrupted(f"{name} after step {self.step}, saved in {self.checkpoint}: continue with --resume", signum)
+
+    def save(self) -> None:
+        """Write the checkpoint of this step."""
+        best = self.best and self.best["step"]
+        keep_last = self.config.keep_last
+        self.checkpoint = checkpoint.save(self.path, self.step, self._write, keep_last=keep_last, best=best)
+
+    def _write(self, directory: Path) -> None:
+        self.model.save_pretrained(directory, self.tokenizer)
+        # not save_file, whose files only their owner may read
+        (directory / OPTIMIZER).write_bytes(safetensors.torch.save(optimizer_state(self.model, self.optimizer)))
+        state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
+        text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
+        (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
+
+    def load(self) -> None:
+        """Put the newest whole checkpoint's state back, and cut the log to its step; without one, start at step 0."""
+        directory = checkpoint.latest(self.path)
+        if directory is not None:
+            state = checkpoint.read_trainer(directory)
+            for part in ("config", "settings"):
+                _refuse_changes(state[part], self.saved[part], self.path)
+            if state["versions"] != _versions():
+                logger.warning(
+                    "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
+                )
+            hub.load_into(self.model, directory)
+            try:
+                load_optimizer_state(self.model, self.optimizer, safetensors.torch.load_file(directory / OPTIMIZER))
+            except (OSError, SafetensorError, ValueError) as error:
+                raise ValueError(f"{directory / OPTIMIZER}: {error}") from None
+            self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
+            self.best, self.metrics = state["best"], state["metrics"]
+        truncate_metrics(self.path / METRICS, self.step)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINT or SIGTERM that came meanwhile; a second one acts as it would without us."""
+    came: list[int] = []
+
+    def restore():
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def note(signum, frame):
+        came.append(signum)
+        restore()
+
+    # python lets only the main thread listen
+    listening = threading.current_thread() is threading.main_thread()
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM) if listening}
+    try:
+        yield came
+    finally:
+        restore()
+
+
+def _refuse_changes(saved, now, run_dir, name: str = "") -> None:
+    """Raise ValueError for the first field, however deep, that is not what the run was started with."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            if name or key not in FREE:
+                _refuse_changes(saved.get(key), now.get(key), run_dir, f"{name}.{key}".strip("."))
+    elif saved != now:
+        raise ValueError(
+            f"{run_dir} was started with {name}={saved!r}, now it is {now!r}: resume with what it was started with"
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {"minibert": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,431 @@
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import BACKWARD, FORWARD, assert_as_accurate
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from minibert_kernels import layer_norm, philox, reference
+from minibert_kernels.layer_norm import dropout_add_norm
+
+SEED = 0x1234_5678_9ABC
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+LAYOUTS = ("contiguous", "wide rows", "misaligned", "transposed", "every second column", "one row expanded")
+
+
+def eager(x, residual, weight, bias, *, dropout=0.0, seed=0, rows=None, eps=1e-12, kind="layernorm", prenorm=False):
+    """The op as one writes it in torch, in the dtype of x throughout."""
+    total = x
+    if dropout > 0.0:
+        rows = torch.arange(x.numel() // x.shape[-1], device=x.device) if rows is None else rows
+        keep = philox.row_keep(seed, dropout, rows, x.shape[-1]).view(x.shape)
+        total = torch.where(keep, x * philox.keep_scale(dropout), 0)
+    if residual is not None:
+        total = total + residual.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if kind == "layernorm":
+        out = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    else:
+        out = F.rms_norm(total, total.shape[-1:], weight, eps)
+        out = out if bias is None else out + bias
+    return (out, total) if prenorm else out
+
+
+def kernel(*tensors, **options):
+    return dropout_add_norm(*tensors, backend="triton", **options)
+
+
+def values_and_gradients(op, tensors, douts, **options):
+    """{name: tensor} of what op returns and of the gradient of every tensor that is not None."""
+    tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    outs = op(*tensors, **options)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    wanted = {
+        name: t for name, t in zip(("dx", "dresidual", "dweight", "dbias"), tensors, strict=True) if t is not None
+    }
+    grads = torch.autograd.grad(outs, list(wanted.values()), [d.to(o.dtype) for d, o in zip(douts, outs, strict=False)])
+    return dict(zip(("out", "total"), outs, strict=False)) | dict(zip(wanted, grads, strict=True))
+
+
+def check(draws, **options):
+    """Hold the kernel to the tolerance on [(tensors, douts)], whose results are pooled."""
+    ours = pooled(kernel, draws, **options)
+    torchs = pooled(eager, draws, **options)
+    exact = pooled(reference.dropout_add_norm, draws, wide=True, **options)
+    assert ours.keys() == exact.keys()
+    for name in ours:
+        factor = BACKWARD if name.startswith("d") else FORWARD
+        assert_as_accurate(ours[name], torchs[name], exact[name], factor=factor, name=name)
+
+
+def pooled(op, draws, wide=False, **options):
+    results = []
+    for tensors, douts in draws:
+        if wide:
+            tensors, douts = [None if t is None else t.double() for t in tensors], [d.double() for d in douts]
+        results.append(values_and_gradients(op, tensors, douts, **options))
+    return {name: torch.stack([r[name] for r in results]) for name in results[0]}
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    shape: tuple
+    dtype: torch.dtype = torch.float32
+    param_dtype: torch.dtype = torch.float32
+    residual_dtype: torch.dtype | None = torch.float32
+    layouts: tuple = ("contiguous",) * 3
+    bias: bool = True
+    dropout: float = 0.0
+    rows: bool = False
+    kind: str = "layernorm"
+    prenorm: bool = False
+    eps: float = 1e-12
+
+    @classmethod
+    def draw(cls, seed):
+        rng = random.Random(seed)
+        cols = rng.choice(
+            [1, 2, 7, 16, 37, 64, 100, 128, 257, 512, 768, 1023, rng.randint(1, 1100), rng.randint(1, 64)]
+        )
+        dtype = rng.choice(DTYPES)
+        return cls(
+            seed=seed,
+            shape=(*rng.choice([(), (1,), (13,), (5,), (3, 2), (0,), (rng.randint(1, 40),), (2, 1, 3)]), cols),
+            dtype=dtype,
+            param_dtype=rng.choice([dtype, torch.float32]),
+            residual_dtype=rng.choice([None, dtype, dtype, torch.float32]),
+            layouts=tuple(rng.choice(LAYOUTS) for _ in range(3)),
+            bias=rng.random() < 0.7,
+            dropout=rng.choice([0.0, 0.1, 0.5]),
+            rows=rng.random() < 0.5,
+            kind=rng.choice(layer_norm.KINDS),
+            prenorm=rng.random() < 0.5,
+            # a row of one or two survivors has gradients of nothing but cancellation where eps is small
+            eps=rng.choice([1e-12, 1e-5]) if cols >= 16 else 0.1,
+        )
+
+    def run(self, device):
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randint(2**62, self.shape[:-1], generator=generator).to(device) if self.rows else None
+        # the largest error of a few elements is luck: many draws of them
+        draws = [self.inputs(device, generator) for _ in range(1 if self.shape[-1] >= 16 else 12)]
+        check(
+            draws, dropout=self.dropout, seed=self.seed, rows=rows, eps=self.eps, kind=self.kind, prenorm=self.prenorm
+        )
+
+    def inputs(self, device, generator):
+        def normal(shape, dtype, layout="contiguous"):
+            return arrange(torch.randn(shape, generator=generator).to(device, dtype), layout)
+
+        x = normal(self.shape, self.dtype, self.layouts[0])
+        residual = None
+        if self.residual_dtype is not None:
+            residual = normal(self.shape, self.residual_dtype, self.layouts[1])
+        weight = normal(self.shape[-1:], self.param_dtype)
+        bias = normal(self.shape[-1:], self.param_dtype) if self.bias else None
+        return (x, residual, weight, bias), [normal(self.shape, self.dtype, self.layouts[2])] * (1 + self.prenorm)
+
+
+def arrange(x, layout):
+    """The values of x (of its first row, for the expanded layout) in other strides."""
+    if x.ndim < 2 or layout == "contiguous":
+        return x
+    if layout == "one row expanded":
+        return x[(slice(1),) * (x.ndim - 1)].expand(x.shape)
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] * 2 + 16), float("nan"))
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "every second column":
+        view = wide[..., : 2 * x.shape[-1] : 2]
+    else:
+        offset = 8 if layout == "wide rows" else 1
+        view = wide[..., offset : offset + x.shape[-1]]
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize("seed", range(130))
+def test_any_call_is_as_accurate_as_torch(seed, device, poisoned):
+    case = Case.draw(seed)
+    try:
+        case.run(device)
+    except BaseException as error:
+        error.add_note(f"repeat with: {case!r}.run({device!r})")
+        raise
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", layer_norm.KINDS)
+@pytest.mark.parametrize("cols", [1, 37, 768, 8192])
+def test_values_and_gradients_at_the_widths_of_berts(cols, kind, dtype, device, poisoned):
+    rows = 3 if cols == 8192 else 35  # more than one tile a program of the backward
+    for dropout in (0.0, 0.1):
+        Case(
+            seed=cols, shape=(rows, cols), dtype=dtype, param_dtype=dtype, residual_dtype=dtype, dropout=dropout,
+            kind=kind, prenorm=True, eps=0.1 if cols == 1 else 1e-12,
+        ).run(device)  # fmt: skip
+
+
+def test_a_case_that_fails_names_itself(device, monkeypatch):
+    monkeypatch.setattr(layer_norm, "keep_scale", lambda p: 1.0)
+    with pytest.raises(AssertionError, match="error"):
+        Case(seed=3, shape=(13, 37), dropout=0.5).run(device)
+
+
+def inputs(device, *shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (shape, shape, shape[-1:], shape[-1:])
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def test_the_same_call_gives_the_same_bits_250_times(device):
+    rows = 9 if device == "cpu" else 4099
+    tensors = inputs(device, rows, 37)
+    dout = torch.randn(rows, 37, device=device)
+    first = values_and_gradients(kernel, tensors, [dout], dropout=0.1, seed=SEED)
+    for _ in range(249):
+        again = values_and_gradients(kernel, tensors, [dout], dropout=0.1, seed=SEED)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_dropout_draws_the_mask_of_the_numpy_twin(device):
+    rows = torch.tensor([0, 5, 2**31 - 1, 2**31, 2**32 + 5, 2**62 + 9, -3], device=device)
+    x = torch.ones(7, 100, device=device)
+    _, total = kernel(x, None, x[0], None, dropout=0.3, seed=SEED, rows=rows, prenorm=True)
+    column = torch.arange(100).numpy()
+    group, byte = column // 16, column % 16
+    for row, kept in zip(rows.tolist(), (total != 0).tolist(), strict=True):
+        words = philox.philox(SEED, group, 0, row, row >> 32)
+        drawn = [(int(words[b // 4][i]) >> 8 * (b % 4)) & 0xFF for i, b in enumerate(byte)]
+        assert kept == [d >= round(0.3 * 256) for d in drawn]
+    torch.testing.assert_close(total.unique().cpu(), torch.tensor([0.0, 256 / (256 - 77)]))
+
+
+def test_dropout_keeps_the_fraction_it_should(device):
+    x = torch.ones(64, 1024, device=device)
+    _, total = kernel(x, None, x[0], None, dropout=0.1, seed=SEED, prenorm=True)
+    assert abs((total != 0).float().mean().item() - 0.9) < 0.01
+    assert abs(total.mean().item() - 1) < 0.01
+
+
+def test_the_seed_may_be_an_int_of_any_size_or_a_tensor(device):
+    x, residual, weight, bias = inputs(device, 5, 37)
+    for seed in (7, -7, 2**63 + 11):
+        expected = reference.dropout_add_norm(x, residual, weight, bias, dropout=0.5, seed=seed)
+        torch.testing.assert_close(kernel(x, residual, weight, bias, dropout=0.5, seed=seed), expected)
+    seed = torch.tensor(7, device=device)
+    ours = kernel(x, residual, weight, bias, dropout=0.5, seed=seed)
+    assert torch.equal(ours, kernel(x, residual, weight, bias, dropout=0.5, seed=7))
+    assert not torch.equal(ours, kernel(x, residual, weight, bias, dropout=0.5, seed=8))
+
+
+def test_padded_packed_and_rebatched_rows_agree(device):
+    x, residual, weight, bias = inputs(device, 13, 7, 37)
+    ids = torch.arange(13 * 7, device=device).view(13, 7) + 2**33
+    options = {"dropout": 0.3, "seed": SEED}
+    padded = kernel(x, residual, weight, bias, rows=ids, **options)
+    mask = torch.rand(13, 7, device=device) < 0.6
+    packed = kernel(x[mask], residual[mask], weight, bias, rows=ids[mask], **options)
+    assert torch.equal(packed, padded[mask])
+    order = torch.randperm(13, device=device)
+    rebatched = kernel(x[order], residual[order], weight, bias, rows=ids[order], **options)
+    assert torch.equal(rebatched, padded[order])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", layer_norm.KINDS)
+def test_extreme_rows_come_out_as_the_reference_has_them(kind, dtype, device, poisoned):
+    x, residual, weight, bias = (t.detach() for t in inputs(device, 8, 37, dtype=dtype))
+    x *= torch.tensor([1e4, 1e-4, 1, 1, 1, 1, 1, 1], device=device)[:, None]
+    x[2, 3], x[3, 4], x[4, 5] = float("inf"), float("-inf"), float("nan")
+    for row, value in ((5, 0.0), (6, 2.0), (7, 30000.0)):
+        x[row], residual[row] = value, value
+    ours, exact = (
+        op(x.to(wide), residual.to(wide), weight.to(wide), bias.to(wide), kind=kind, eps=1e-5)
+        for op, wide in ((kernel, dtype), (reference.dropout_add_norm, torch.float64))
+    )
+    same = eager(x, residual, weight, bias, kind=kind, eps=1e-5)
+    assert_as_accurate(ours, same, exact)
+    assert ours.isfinite().all(1).tolist() == [True, True, False, False, False, True, True, True]
+    if kind == "layernorm":
+        assert torch.equal(ours[5:], bias.expand(3, -1)), "the rows have no variance"
+
+
+def test_no_rows_give_empty_values_and_zero_gradients(device):
+    x, residual, weight, bias = inputs(device, 0, 37)
+    out, total = kernel(x, residual, weight, bias, dropout=0.1, prenorm=True)
+    assert out.shape == total.shape == (0, 37)
+    (out.sum() + total.sum()).backward()
+    assert weight.grad.tolist() == bias.grad.tolist() == [0.0] * 37
+    assert x.grad.shape == (0, 37)
+
+
+def test_a_gradient_of_the_sum_alone_passes_through(device):
+    x, residual, weight, bias = inputs(device, 5, 37)
+    _, total = kernel(x, residual, weight, bias, dropout=0.5, seed=1, prenorm=True)
+    total.sum().backward()
+    assert torch.equal(residual.grad, torch.ones_like(residual))
+    assert torch.equal(x.grad, torch.where(philox.row_keep(1, 0.5, torch.arange(5, device=device), 37), 2.0, 0.0))
+    assert not weight.grad.any()
+
+
+def test_offsets_beyond_2_31_elements_are_right_in_the_interpreter(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is off where there is a CUDA device: the gpu test covers it")
+    far = 2**30 + 16
+    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * far, dtype=torch.float16)  # 6 GB of holes
+    x, residual, weight, bias = (t.detach() for t in inputs("cpu", 3, 3, dtype=torch.float16))
+    for strides in ((far, 1), (1, far)):
+        spread = memory.as_strided((3, 3), strides).copy_(x)
+        options = {"dropout": 0.5, "prenorm": True}
+        near = values_and_gradients(kernel, (x, residual, weight, bias), (x, x), **options)
+        distant = values_and_gradients(kernel, (spread, spread, weight, bias), (spread, spread), **options)
+        both = values_and_gradients(kernel, (x, x, weight, bias), (x, x), **options)
+        assert all(torch.equal(distant[name], both[name]) for name in both)
+        assert not torch.equal(near["out"], both["out"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_offsets_beyond_2_31_elements_are_right_on_a_gpu(dtype):
+    rows, cols = 2**21 + 7, 1024
+    x = torch.randn(rows, cols, device="cuda", dtype=dtype)
+    weight, bias = torch.randn(2, cols, device="cuda")
+    ids = torch.arange(rows, device="cuda")
+    full = values_and_gradients(kernel, (x, x, weight, bias), (x,), dropout=0.1, rows=ids)
+    last = slice(-9, None)
+    few = values_and_gradients(kernel, (x[last], x[last], weight, bias), (x[last],), dropout=0.1, rows=ids[last])
+    assert all(torch.equal(full[name][last], few[name]) for name in ("out", "dx", "dresidual"))
+
+
+def test_the_registered_ops_pass_opcheck(device):
+    x, residual, weight, bias = inputs(device, 5, 37)
+    seed, rows = torch.tensor(3, device=device), torch.arange(5, device=device)
+    forward, backward = layer_norm._forward, layer_norm._backward
+    for kind, dropout, other in (("layernorm", 0.5, residual), ("rmsnorm", 0.0, None)):
+        torch.library.opcheck(forward, (x, other, weight, bias, seed, rows, dropout, 1e-12, kind))
+        _, total, mean, rstd = (t.detach() for t in forward(x, other, weight, bias, seed, rows, dropout, 1e-12, kind))
+        total = total if total.numel() else x.detach()
+        dtype = None if other is None else torch.float32
+        arguments = (x.detach(), total, total, mean, rstd, weight.detach(), seed, rows, dropout, kind, dtype)
+        torch.library.opcheck(backward, arguments)
+
+
+@pytest.mark.parametrize("kind", layer_norm.KINDS)
+def test_the_reference_passes_gradcheck_with_dropout(kind):
+    tensors = [t.detach().double().requires_grad_() for t in inputs("cpu", 3, 7)]
+    for dropout in (0.0, 0.4):
+        assert torch.autograd.gradcheck(
+            lambda *t, p=dropout: reference.dropout_add_norm(*t, dropout=p, seed=4, kind=kind, prenorm=True), tensors
+        )
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_a_compiled_graph_gives_the_same_bits(prenorm, device):
+    tensors = inputs(device, 5, 37)
+    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
+    douts = [torch.randn(5, 37, device=device) for _ in range(1 + prenorm)]
+    for seed in (3, 4, torch.tensor(3, device=device)):
+        options = {"dropout": 0.5, "seed": seed, "prenorm": prenorm}
+        graph = values_and_gradients(compiled, tensors, douts, **options)
+        plain = values_and_gradients(kernel, tensors, douts, **options)
+        assert all(torch.equal(graph[name], plain[name]) for name in plain)
+    torch._dynamo.reset()
+
+
+def test_the_default_backend_compiles_to_one_graph(device):
+    tensors = inputs(device, 5, 37)
+    compiled = torch.compile(dropout_add_norm, fullgraph=True, backend="aot_eager")
+    graph, plain = (op(*tensors, dropout=0.5, seed=3) for op in (compiled, dropout_add_norm))
+    torch.testing.assert_close(graph, plain)
+    torch._dynamo.reset()
+
+
+def test_under_autocast_the_output_has_the_dtype_of_x(device):
+    x, residual, weight, bias = inputs(device, 5, 37)
+    linear = torch.nn.Linear(37, 37, device=device)
+    with torch.autocast(device, torch.float16):
+        out = kernel(linear(x), residual, weight, bias)
+        exact = reference.dropout_add_norm(linear(x), residual, weight, bias)
+    out.float().sum().backward()
+    assert out.dtype == torch.float16
+    assert linear.weight.grad.dtype == residual.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(out, exact, atol=4e-3, rtol=2e-3)  # the kernel rounds the sum to float16
+
+
+def test_an_exported_program_runs_the_op(device):
+    class Norm(torch.nn.Module):
+        def forward(self, x, residual, weight, bias):
+            return kernel(x, residual, weight, bias, dropout=0.5, seed=3)
+
+    tensors = tuple(t.detach() for t in inputs(device, 5, 37))
+    program = torch.export.export(Norm(), tensors)
+    assert "minibert.dropout_add_norm_fwd" in str(program.graph)
+    assert torch.equal(program.module()(*tensors), Norm()(*tensors))
+
+
+def test_fake_tensors_get_shapes_strides_and_dtypes_of_the_real_ones(device):
+    def run(make):
+        x = make((13, 5, 37), dtype=torch.float16, requires_grad=True)
+        residual = make((37, 13, 5)).movedim(0, -1)
+        out, total = kernel(x, residual, make(37), make(37), dropout=0.5, prenorm=True)
+        (dx,) = torch.autograd.grad(out.sum() + total.sum(), x)
+        return [(t.shape, t.stride(), t.dtype) for t in (out, total, dx)]
+
+    with FakeTensorMode():
+        fake = run(lambda *a, **k: torch.zeros(*a, device=device, **k))
+    assert fake == run(lambda *a, **k: torch.zeros(*a, device=device, **k))
+
+
+def test_activation_checkpointing_draws_the_same_mask(device):
+    tensors = inputs(device, 5, 37)
+    dout = torch.randn(5, 37, device=device)
+
+    def checkpointed(*tensors, **options):
+        return checkpoint(lambda *t: kernel(*t, **options), *tensors, use_reentrant=False)
+
+    ours, plain = (values_and_gradients(op, tensors, [dout], dropout=0.5, seed=3) for op in (checkpointed, kernel))
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_the_gradient_of_dx_is_dresidual_where_nothing_is_dropped(device):
+    x, residual, weight, bias = inputs(device, 5, 37)
+    kernel(x, residual, weight, bias).square().sum().backward()
+    assert torch.equal(x.grad, residual.grad)
+    assert x.grad.data_ptr() != residual.grad.data_ptr(), "an in-place change of one would change the other"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "batchnorm"}, "kind='batchnorm' is not one of layernorm, rmsnorm"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
+        ({"residual": torch.zeros(4, 8)}, r"residual is \[4, 8\], x is \[5, 8\]"),
+        ({"weight": torch.zeros(7)}, r"weight is \[7\]: expected \[8\]"),
+        ({"bias": torch.zeros(8, 1)}, r"bias is \[8, 1\]: expected \[8\]"),
+        ({"rows": torch.arange(4)}, r"rows is torch.int64 \[4\]: expected int64, one for each row"),
+        ({"rows": torch.arange(5.0)}, r"rows is torch.float32"),
+        ({"weight": torch.zeros(8, device="meta")}, "weight is on meta, x is on cpu"),
+        ({"x": torch.zeros(())}, r"x is \[\]"),
+        ({"x": torch.zeros(3, 0)}, r"x is \[3, 0\]"),
+        ({"seed": torch.zeros(2), "dropout": 0.1}, r"seed is torch.float32 \[2\]"),
+        ({"backend": "cuda"}, "backend='cuda' is not one of auto, triton, reference"),
+        ({"x": torch.zeros(5, 8).double(), "backend": "triton"}, "backend='triton' .* got float64"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(change, message):
+    arguments = {"x": torch.zeros(5, 8), "residual": None, "weight": torch.ones(8), "bias": None} | change
+    with pytest.raises(ValueError, match=message):
+        dropout_add_norm(**arguments)
+
+
+def test_rows_too_wide_for_the_kernel_run_the_reference(device):
+    x, weight = torch.randn(2, 8193, device=device), torch.ones(8193, device=device)
+    with pytest.raises(ValueError, match="takes up to 8192 columns, got 8193"):
+        kernel(x, None, weight, None)
+    torch.testing.assert_close(
+        dropout_add_norm(x, None, weight, None).std(-1, correction=0), torch.ones(2, device=device)
+    )

@@ -1,0 +1,91 @@
+import math
+
+import numpy as np
+import pytest
+
+from minibert.train import metrics
+
+NAMES = ("no", "yes")
+
+
+def test_binary_scores_are_those_of_the_second_class_worked_by_hand():
+    # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives
+    labels = [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
+    predictions = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    scores = metrics.classification(labels, predictions, NAMES)
+    assert scores["accuracy"] == 0.7 and scores["precision"] == 0.75 and scores["recall"] == 0.6
+    assert scores["f1"] == pytest.approx(6 / 9)
+    assert scores["mcc"] == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
+    assert scores["per_class"]["no"] == {"precision": 4 / 6, "recall": 0.8, "f1": 8 / 11, "support": 5}
+
+
+def test_three_classes_are_averaged_over_those_that_occur():
+    scores = metrics.classification([0, 0, 1, 1], [0, 1, 1, 1], ("a", "b", "never"))
+    assert scores["precision"] == pytest.approx((1 + 2 / 3) / 2)
+    assert scores["recall"] == pytest.approx((1 / 2 + 1) / 2)
+    assert scores["f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert scores["per_class"]["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+
+
+def test_undefined_scores_are_zero_and_undefined_correlations_nan():
+    scores = metrics.classification([0, 0, 0], [0, 0, 0], NAMES)
+    assert (scores["precision"], scores["recall"], scores["f1"], scores["mcc"]) == (0.0, 0.0, 0.0, 0.0)
+    assert scores["accuracy"] == 1.0
+    for correlation in (metrics.pearson, metrics.spearman):
+        assert math.isnan(correlation([1, 1, 1], [1, 2, 3])) and math.isnan(correlation([2], [3]))
+
+
+def test_correlations_and_errors_have_the_values_worked_by_hand():
+    assert metrics.pearson([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)
+    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4
+    assert metrics.spearman([0, 5, 5, 100], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert metrics.spearman([1, 2, 3], [-1, -10, -1000]) == pytest.approx(-1)
+    assert metrics.mse([1, 2, 3], [1, 4, 6]) == pytest.approx(13 / 3)
+    assert metrics.regression([1, 2, 3, 4], [2, 1, 4, 3])["spearman"] == pytest.approx(0.6)
+
+
+def test_large_counts_do_not_overflow():
+    table = np.array([[400_000_000, 100_000_000], [100_000_000, 400_000_000]])
+    assert metrics.matthews(table) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(5))
+def test_classification_agrees_with_scikit_learn(classes, seed):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, 41)
+    predictions = np.where(rng.random(41) < 0.6, labels, rng.integers(0, max(classes - 1, 1), 41))
+    scores = metrics.classification(labels, predictions, [str(i) for i in range(classes)])
+    average = "binary" if classes == 2 else "macro"
+    expected = sklearn.precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)[:3]
+    assert [scores["precision"], scores["recall"], scores["f1"]] == pytest.approx(expected)
+    assert scores["mcc"] == pytest.approx(sklearn.matthews_corrcoef(labels, predictions))
+    assert scores["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, predictions))
+    every = sklearn.precision_recall_fscore_support(labels, predictions, labels=range(classes), zero_division=0)
+    table = [list(row.values()) for row in scores["per_class"].values()]
+    np.testing.assert_allclose(table, np.stack(every, 1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regression_agrees_with_scipy(seed):
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 6, 37) / 5  # many ties, as in STS-B
+    y = x + rng.normal(size=37).round(1)
+    assert metrics.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0])
+    assert metrics.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.accuracy([0, 1], [0]), "expected the same"),
+        (lambda: metrics.mse([], []), "N > 0"),
+        (lambda: metrics.classification([0, 2], [0, 1], NAMES), "labels range from 0 to 2: expected 0 to 1"),
+        (lambda: metrics.classification([0, 1], [-1, 1], NAMES), "predictions range from -1 to 1"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
