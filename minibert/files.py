@@ -65,7 +65,7 @@ def verify_manifest(directory: Path) -> dict:
         files = dict(manifest["files"].items())
     except FileNotFoundError:
         raise ValueError(f"{directory}: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: broken manifest ({error})") from None
     for name, entry in files.items():
         file = path.parent / name

@@ -41,6 +41,8 @@ RENAMES = (
     ("nsp.", "cls.seq_relationship."),
 )
 DECODER, WORD = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+# Hugging Face names the decoder's bias twice; where nothing is tied these are two tensors, and it adds the first
+DECODER_BIAS, BIAS = "cls.predictions.decoder.bias", "cls.predictions.bias"
 # what a model may leave unread, or start afresh, as a whole
 HEADS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
@@ -66,11 +68,7 @@ def from_pretrained(
         config_changes["id2label"] = tuple(f"LABEL_{i}" for i in range(config_changes.pop("num_labels")))
     config = load_config(directory).replace(**config_changes)
     stored = canonical(load_state(directory, allow_pickle), directory)
-    if (
-        config.tie_word_embeddings
-        and DECODER in stored
-        and not torch.equal(stored[DECODER], stored.get(WORD, torch.empty(0)))
-    ):
+    if config.tie_word_embeddings and apart(stored):
         config = config.replace(tie_word_embeddings=False)  # stored apart and different: what is stored wins
     model = cls(config, backend=backend)
     model.new_parameters = load_state_into(model, stored, directory, fresh_labels="id2label" in config_changes)
@@ -180,7 +178,7 @@ def _load_shards(directory: Path) -> dict[str, Tensor]:
     try:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(where.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: expected an object with a weight_map ({error})") from None
     state = {}
     for name in files:
@@ -212,8 +210,6 @@ def canonical(state: dict[str, Tensor], directory="checkpoint") -> dict[str, Ten
             continue
         if name.startswith(("embeddings.", "encoder.", "pooler.")):
             name = "bert." + name
-        if name == "cls.predictions.decoder.bias":
-            name = "cls.predictions.bias"
         if name in result and not torch.equal(result[name], value):
             problems.append(f"conflicting {stored}: another tensor for {name} differs")
         if not value.is_floating_point():
@@ -221,9 +217,19 @@ def canonical(state: dict[str, Tensor], directory="checkpoint") -> dict[str, Ten
         elif not value.isfinite().all():
             problems.append(f"not finite {stored}")
         result[name] = value
+    if DECODER_BIAS in result:
+        bias = result.pop(DECODER_BIAS)
+        if not apart(result) and not torch.equal(result.get(BIAS, bias), bias):
+            problems.append(f"conflicting {DECODER_BIAS}: {BIAS} differs")
+        result[BIAS] = bias
     if problems:
         raise ValueError(f"{directory}: {'; '.join(problems)}")
     return result
+
+
+def apart(state: dict[str, Tensor]) -> bool:
+    """Whether a decoder of its own is stored, other than the word embedding."""
+    return DECODER in state and not (WORD in state and torch.equal(state[DECODER], state[WORD]))
 
 
 def architecture(directory, allow_pickle: bool = False) -> str:
@@ -297,6 +303,8 @@ def hf_state(model: nn.Module) -> dict[str, Tensor]:
         names = hf_names(ours)
         parts = value.detach().chunk(len(names)) if len(names) > 1 else (value.detach(),)
         state |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    if DECODER in state:
+        state[DECODER_BIAS] = state[BIAS].clone()
     return state
 
 

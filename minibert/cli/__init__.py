@@ -125,7 +125,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 
 def _check_config_files(argv: list[str], parser: Parser) -> None:
     """Refuse unknown keys of a `--config` file, offering the nearest name."""
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+    for flag, value in zip(argv, [*argv, ""][1:], strict=True):
         name, _, inline = flag.partition("=")
         path = Path(inline or value)
         if name != "--config":

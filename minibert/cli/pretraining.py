@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 
 from ..config import PRESETS, BertConfig
-from ..data import PretrainingData, build_store, split_documents
+from ..data import PretrainingData, TokenStore, build_store, split_documents
 from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForPreTraining
@@ -156,17 +157,16 @@ def pretrain(
     with claim(out, resume) as run:
         store = open_store(data, run.path / "data", tokenizer or (start and str(start)), options)
         samples = pick(options, "seed batch_tokens max_length mask_rate nsp whole_word")
-        learned, held_out = (
-            PretrainingData(store, store.tokenizer, documents=documents, **samples)
-            for documents in split_documents(store.num_documents, valid_fraction, seed)
-        )
+        parts = split_documents(store.num_documents, valid_fraction, seed)
+        learned, held_out = (PretrainingData(store, store.tokenizer, documents=part, **samples) for part in parts)
         network = new_network(options, start, store.tokenizer)
+        commonest = commonest_token(store, parts[0])
         save_options(run, "pretrain", options)
         say(f"{describe(store)}; {len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
         result = train(
             network,
             learned,
-            lambda network, limit: task.evaluate(network, held_out.evaluation_batches(limit), config.device),
+            lambda network, limit: task.evaluate(network, held_out.evaluation_batches(limit), config.device, commonest),
             config,
             run,
             store.tokenizer,
@@ -174,6 +174,14 @@ def pretrain(
             settings=samples | {"valid_fraction": valid_fraction, "data": store.meta["counts"]},
         )
     print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
+
+
+def commonest_token(store: TokenStore, documents: np.ndarray) -> int:
+    """The id that occurs most often in these documents."""
+    counts = np.zeros(store.meta["vocab_size"], dtype=np.int64)
+    for first, last in map(store.document, documents):
+        counts += np.bincount(store.tokens[store.sentences[first] : store.sentences[last]], minlength=len(counts))
+    return int(counts.argmax())
 
 
 def new_network(options: dict, start: Path | None, tokenizer: Tokenizer) -> BertForPreTraining:

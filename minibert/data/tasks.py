@@ -20,7 +20,7 @@ from .tokenizer import Tokenizer
 
 Kind = Literal["classification", "regression"]
 # the names that published sets give their columns, tried in this order
-TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"))
+TEXTS = (("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("sentence",))
 LABELS = ("label", "score", "gold_label", "category", "intent")
 SPLITS = {"train": ("train",), "valid": ("valid", "dev", "validation"), "test": ("test",)}
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")

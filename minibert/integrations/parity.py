@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..batch import IGNORE
 from ..data.tokenizer import Tokenizer
-from ..hub import architecture, hf_names
+from ..hub import BIAS, DECODER_BIAS, architecture, hf_names
 from ..model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 from ..model.losses import problem_type
 
@@ -191,6 +191,8 @@ def scaled(ours: Tensor, theirs: Tensor, floor: float = 1.0) -> float:
 def gradient_errors(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, float]]:
     """One row a layer: the worst of its parameters, by Hugging Face's name."""
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    if DECODER_BIAS in expected:
+        expected[BIAS] = expected.pop(DECODER_BIAS)
     groups: dict[str, list[tuple[str, Tensor, Tensor]]] = {}
     for name, parameter in ours.named_parameters():
         names = hf_names(name)

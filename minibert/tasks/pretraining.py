@@ -10,12 +10,18 @@ from ..model import BertForMaskedLM, BertForPreTraining
 
 
 @torch.no_grad()
-def evaluate(model: BertForPreTraining, batches: Iterable[Batch], device="cpu") -> dict[str, float]:
+def evaluate(
+    model: BertForPreTraining, batches: Iterable[Batch], device="cpu", commonest: int | None = None
+) -> dict[str, float]:
     """Means over all masked tokens and all pairs of `batches`.
 
+    Args:
+        commonest: id of the training text's commonest token.
+
     Returns:
-        loss (the sum of the two), mlm_loss, mlm_accuracy, nsp_loss, nsp_accuracy (the last two where there are pairs),
-        and commonest_accuracy: what always guessing the commonest of these masked tokens would reach.
+        loss (the sum of the two), mlm_loss, mlm_accuracy, nsp_loss, nsp_accuracy (the last two where there are pairs).
+        What a constant guess would reach: commonest_accuracy, of the training text's commonest token (where given), and
+        best_constant_accuracy, of the token that turns out to be the commonest among these masked ones.
     """
     was_training = model.training
     model.eval()
@@ -40,10 +46,12 @@ def evaluate(model: BertForPreTraining, batches: Iterable[Batch], device="cpu") 
                 f"{head}_loss": sums[f"{head}_loss"] / count,
                 f"{head}_accuracy": sums[f"{head}_correct"] / count,
             }
-    labels = torch.cat(labels)
-    commonest = float(labels.bincount().max()) / len(labels)
+    counts = torch.cat(labels).bincount() / sum(map(len, labels))
+    constants = {"best_constant_accuracy": float(counts.max())}
+    if commonest is not None:
+        constants["commonest_accuracy"] = float(counts[commonest]) if commonest < len(counts) else 0.0
     loss = sum(value for key, value in result.items() if key.endswith("_loss"))
-    return {"loss": loss} | result | {"commonest_accuracy": commonest}
+    return {"loss": loss} | result | constants
 
 
 @torch.no_grad()

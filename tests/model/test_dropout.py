@@ -120,9 +120,7 @@ def test_sites_and_layers_draw_apart():
     model = build(BertModel, train=True, **HEAVY)
     seeds = model.context(packed(padded()), 7).seeds
     assert len(seeds) == 2 + 3 * 2 and len(set(seeds.tolist())) == len(seeds)
-    sites = [
-        (layer.attention.site, layer.attention_norm.site, layer.ffn_norm.site) for layer in model.encoder.layers
-    ]
+    sites = [(layer.attention.site, layer.attention_norm.site, layer.ffn_norm.site) for layer in model.encoder.layers]
     assert sites == [(1, 2, 3), (4, 5, 6)]
 
 

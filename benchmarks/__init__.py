@@ -1,0 +1,1 @@
+"""Benchmarks against the reference implementations; nothing imports them."""

