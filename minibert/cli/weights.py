@@ -22,14 +22,13 @@ from .common import (
     resolve_model,
     say,
 )
-from .flags import Backend, Device, Json, MaybeDirectory, Out, Pickle, Seed
+from .flags import Backend, Device, Json, MaybeDirectory, Out, Pickle
 
 
 def demo(
     *,
     out: Out = "runs/demo",
     device: Device = "auto",
-    seed: Seed = 0,
 ) -> int:
     """The whole road in minutes: pretrain, fill masks, match Hugging Face, fine-tune, time, save and reload.
 
@@ -37,7 +36,7 @@ def demo(
     """
     from ..demo import run_demo
 
-    return run_demo(Path(out), resolve_device(device), seed)
+    return run_demo(Path(out), resolve_device(device))
 
 
 def parity(
