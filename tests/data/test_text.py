@@ -166,15 +166,14 @@ def test_long_lines_without_a_sentence_are_split_in_linear_time():
     assert time.perf_counter() - start < 10
 
 
-def test_the_sample_corpus_is_prose_and_repeats_nothing(tmp_path):
+def test_the_sample_corpus_has_every_topic_as_a_document_and_unwraps_its_lines(tmp_path):
+    from pydoc_data.topics import topics
+
     documents = list(read_documents(write_sample_corpus(tmp_path / "new" / "topics.jsonl")))
-    paragraphs = [paragraph for document in documents for paragraph in document]
-    text = " ".join(paragraphs)
-    assert len(documents) > 40 and len(text) > 150_000
-    assert len(set(paragraphs)) == len(paragraphs)
-    for markup in ("::=", ">>>", "**", "====", "``"):
-        assert markup not in text
-    assert sum(character.isalpha() or character == " " for character in text) > 0.93 * len(text)
+    assert len(documents) == len(topics) > 40
+    for document, text in zip(documents, topics.values(), strict=True):
+        assert " ".join(document).split() == text.split()
+    assert max(len(paragraph) for document in documents for paragraph in document) > 500
 
 
 def test_wikipedia_is_read_whole(shared):
