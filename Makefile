@@ -20,4 +20,7 @@ $(SETUP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-.PHONY: demo test lint
+bench: $(SETUP)
+	$(BIN)/python -m benchmarks.inference
+
+.PHONY: demo test lint bench

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .config import BertConfig, refuse_unknown
+from .config import BertConfig
 from .files import verify_manifest, write_atomically, write_manifest
 
 WEIGHTS, INDEX, PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -59,7 +59,7 @@ def from_pretrained(
         config_changes: fields of `BertConfig`; `num_labels=n` is short for n unnamed labels.
     Returns:
         The model. `model.new_parameters` names the parameters of heads that the directory does not have: they are
-        freshly initialised.
+        freshly initialised. A bare encoder gets no pooler where none is stored.
     Raises:
         ValueError: not a checkpoint, damaged, or keys that do not fit; every one of them is listed.
     """
@@ -70,7 +70,8 @@ def from_pretrained(
     stored = canonical(load_state(directory, allow_pickle), directory)
     if config.tie_word_embeddings and apart(stored):
         config = config.replace(tie_word_embeddings=False)  # stored apart and different: what is stored wins
-    model = cls(config, backend=backend)
+    bare = cls.objective == "BertModel" and not any(name.startswith("bert.pooler.") for name in stored)
+    model = cls(config, backend=backend, **{"add_pooler": False} if bare else {})
     model.new_parameters = load_state_into(model, stored, directory, fresh_labels="id2label" in config_changes)
     return model.eval()
 
@@ -279,15 +280,15 @@ def load_state_into(
         if lost:
             problems += [f"missing {name}" for name in lost]
             continue
-        value = torch.cat([stored[name] for name in names]) if len(names) > 1 else stored[names[0]]
-        if value.shape != state[ours].shape:
-            if fresh_labels and head == "classifier.":
-                fresh.append(ours)
-            else:
-                problems.append(f"mis-shaped {names[0]}: {list(value.shape)}, expected {list(state[ours].shape)}")
-            continue
-        with torch.no_grad():
-            state[ours].copy_(value)
+        expected = state[ours].detach().chunk(len(names))
+        wrong = [(name, part) for name, part in zip(names, expected, strict=True) if stored[name].shape != part.shape]
+        if wrong and fresh_labels and head == "classifier.":
+            fresh.append(ours)
+        elif wrong:
+            problems += [f"mis-shaped {n}: {list(stored[n].shape)}, expected {list(part.shape)}" for n, part in wrong]
+        else:
+            for name, part in zip(names, expected, strict=True):
+                part.copy_(stored[name])
     heads = {head_of(name) for name in read}
     unread = [name for name in stored if name not in read and name != DECODER and head_of(name) in heads | {None}]
     problems += [f"unexpected {name}" for name in unread]
@@ -340,8 +341,3 @@ def save_pretrained(model: nn.Module, directory, tokenizer=None) -> None:
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     write_manifest(directory, only=WRITTEN)
-
-
-def check_changes(changes: dict[str, Any]) -> None:
-    """Refuse unknown config fields, offering the nearest name."""
-    refuse_unknown(changes, BertConfig)

@@ -180,10 +180,19 @@ def test_an_untied_decoder_that_is_not_stored_is_missing(tmp_path, trained):
     refused(lambda: BertForMaskedLM.from_pretrained(tmp_path), "missing cls.predictions.decoder.weight")
 
 
+def test_projections_whose_shapes_only_add_up_are_refused(tmp_path, trained):
+    state, name = hf_state(trained), "bert.encoder.layer.0.attention.self.{}.weight"
+    query, key = state[name.format("query")], state[name.format("key")]
+    state[name.format("query")], state[name.format("key")] = query[:-3].clone(), torch.cat([key, query[-3:]])
+    write(tmp_path, state)
+    refused(lambda: BertForMaskedLM.from_pretrained(tmp_path), "mis-shaped " + name.format("query"))
+
+
 def test_heads_that_have_to_be_new_are_named(tmp_path, trained):
     state = {name: value for name, value in hf_state(trained).items() if "pooler" not in name}
     write(tmp_path, state)
-    assert BertModel.from_pretrained(tmp_path).new_parameters == ("pooler.dense.weight", "pooler.dense.bias")
+    bare = BertModel.from_pretrained(tmp_path)
+    assert bare.pooler is None and bare.new_parameters == ()
     classifier = BertForSequenceClassification.from_pretrained(tmp_path)
     assert set(classifier.new_parameters) == {
         "bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"

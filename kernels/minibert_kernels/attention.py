@@ -399,6 +399,9 @@ def _check(q, k, v, cu_seqlens, max_seqlen, dropout, seq_ids, window):
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: expected int32 [B + 1]")
     if max_seqlen < min(q.shape[0], 1):
         raise ValueError(f"max_seqlen={max_seqlen}: expected the length of the longest sequence, at least 1")
+    looks = type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and len(cu_seqlens) > 1 and int(cu_seqlens.diff().max()) > max_seqlen:
+        raise ValueError(f"max_seqlen={max_seqlen}: the longest sequence has {int(cu_seqlens.diff().max())} tokens")
     threshold(dropout)
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative: expected how many keys a query sees on each side, or None")

@@ -100,6 +100,8 @@ def dropout_add_norm(
         total = torch.where(keep, total * keep_scale(dropout), 0)
     if residual is not None:
         total = total + residual.to(wide)
+    if residual is not None or dropout > 0.0:
+        total = total.to(dtype).to(wide)  # what is normalised is what backward, or a following layer, would read
     out = normalise(total, weight, bias, eps, kind).to(dtype)
     return (out, total.to(dtype)) if prenorm else out
 

@@ -1,5 +1,6 @@
 """Verbs on labelled text: finetune, evaluate, predict."""
 
+import hashlib
 import math
 import tempfile
 from pathlib import Path
@@ -139,7 +140,7 @@ def finetune(
     config = TrainConfig(
         **pick(options, "lr warmup weight_decay clip accumulate seed dtype save_every keep_last log_every"),
         steps=max(1, round(epochs * epoch)) if steps is None else steps,
-        eval_every=eval_every or epoch,
+        eval_every=epoch if eval_every is None else eval_every,
         device=device,
         best_metric="pearson" if task == "regression" else "accuracy",
         best_mode="higher",
@@ -149,10 +150,16 @@ def finetune(
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
         say(f"new parameters: {', '.join(network.new_parameters) or 'none'}")
         counts = {split: len(examples) for split, examples in parts.items()}
-        settings = {"task": task, "batch_size": batch_size, "max_length": longest, "examples": counts}
+        settings = {"task": task, "batch_size": batch_size, "examples": counts, "backend": backend}
+        settings["data"] = {split: data_hash(part) for split, part in sets.items()}
         check = lambda network, limit: _numbers(measure(network, sets["valid"]))  # noqa: E731
         fit(network, sets["train"], check, config, run, tokenizer, settings=settings)
     report_best(out, sets, backend, device)
+
+
+def data_hash(part: LabelledData) -> str:
+    """SHA-256 of the ids, types and labels: what a resumed run must find again."""
+    return hashlib.sha256(repr((part.ids, part.types, part.labels.tolist())).encode()).hexdigest()
 
 
 def read_parts(options: dict[str, Any]) -> dict[str, list[Example]]:
@@ -252,6 +259,9 @@ def evaluate_on_text(network, source: Path, data: list[str], text_column: str, s
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(data, Path(folder) / "data", str(source), {"text_column": text_column})
         length = min(128, network.config.max_position_embeddings)
+        if nsp and store.num_documents < 2:
+            say("one document has no other to draw random pairs from: next-sentence prediction is left out")
+            nsp = False
         samples = PretrainingData(store, store.tokenizer, seed=seed, max_length=length, nsp=nsp)
         return pretraining.evaluate(network, samples.evaluation_batches(), device)
 
@@ -278,8 +288,8 @@ def predict(
     """
     if bool(text) == (data is not None):
         raise ValueError("give texts on the command line or --data, one of the two")
-    if out is not None and Path(out).exists():
-        raise ValueError(f"--out {out} exists: choose another file")
+    if out is not None and (Path(out).exists() or not Path(out).parent.is_dir()):
+        raise ValueError(f"--out {out}: expected a new file in a directory that exists")
     source = resolve_model(model)
     network = load(BertForSequenceClassification, source, resolve_device(device), backend, allow_pickle)
     if network.new_parameters:

@@ -83,7 +83,12 @@ def open_store(data: list[str], out: Path, tokenizer: str | None, new: Mapping[s
     tokenizer it was made with.
     """
     if len(data) == 1 and (Path(data[0]) / "meta.json").is_file():
-        return TokenStore(data[0])
+        store = TokenStore(data[0])
+        if tokenizer is not None and Tokenizer.from_pretrained(tokenizer).hash != store.meta["tokenizer_hash"]:
+            raise ValueError(
+                f"{data[0]} was built with another tokenizer than {tokenizer}'s: prepare it again with that"
+            )
+        return store
     if tokenizer is not None:
         made = Tokenizer.from_pretrained(tokenizer)
     elif (out / "meta.json").is_file():
@@ -103,7 +108,9 @@ def save_options(run: Run, verb: str, options: dict[str, Any]) -> None:
     kept = {name: value for name, value in options.items() if name != "resume"}
     text = yaml.safe_dump(kept, sort_keys=False)
     say(f"minibert {verb}\n{text}", end="", markup=False)
-    write_atomically(run.path / "config.yaml", text)
+    file = run.path / "config.yaml"
+    if not (run.resume and file.exists()):  # a resume that is refused must not change what the run says of itself
+        write_atomically(file, text)
 
 
 def pick(options: Mapping[str, Any], names: str) -> dict[str, Any]:

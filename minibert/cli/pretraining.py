@@ -57,6 +57,8 @@ from .flags import (
     Warmup,
 )
 
+SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
+
 
 def tokenizer(
     *,
@@ -152,12 +154,18 @@ def pretrain(
     start = resolve_model(init) if init else None
     # refused before anything is read or written
     planned = load_config(start).replace(**arch) if start else BertConfig.preset(model, **arch)
+    with torch.device("meta"):
+        BertForPreTraining(planned)  # unknown parts, too
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens} is not positive")
+    if max_length < SHORTEST:
+        raise ValueError(f"max_length={max_length} leaves no room for a pair: at least {SHORTEST}")
     if max_length > planned.max_position_embeddings:
         raise ValueError(f"max_length={max_length} exceeds max_position_embeddings={planned.max_position_embeddings}")
     with claim(out, resume) as run:
         store = open_store(data, run.path / "data", tokenizer or (start and str(start)), options)
         samples = pick(options, "seed batch_tokens max_length mask_rate nsp whole_word")
-        parts = split_documents(store.num_documents, valid_fraction, seed)
+        parts = split_documents(store.num_documents, valid_fraction, seed, at_least=2 if nsp else 1)
         learned, held_out = (PretrainingData(store, store.tokenizer, documents=part, **samples) for part in parts)
         network = new_network(options, start, store.tokenizer)
         commonest = commonest_token(store, parts[0])
@@ -171,9 +179,14 @@ def pretrain(
             run,
             store.tokenizer,
             parts=pretraining_parts,
-            settings=samples | {"valid_fraction": valid_fraction, "data": store.meta["counts"]},
+            settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(store)},
         )
     print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
+
+
+def source_of(store: TokenStore) -> dict:
+    """What a resumed run must find again: the same text under the same tokenizer."""
+    return {name: store.meta[name] for name in ("counts", "tokenizer_hash", "sources")}
 
 
 def commonest_token(store: TokenStore, documents: np.ndarray) -> int:
@@ -220,6 +233,8 @@ def fill_mask(
     """
     if not text:
         raise ValueError("give at least one text with [MASK]")
+    if top < 1:
+        raise ValueError(f"top={top} is not positive")
     source = resolve_model(model)
     network = load(BertForPreTraining, source, resolve_device(device), backend, allow_pickle)
     if any(name.startswith("mlm.") for name in network.new_parameters):

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
+from .. import __version__, hub
 from ..data.tokenizer import Tokenizer
 from .common import (
     model_kind,
@@ -84,6 +84,10 @@ def convert(
     source = resolve_model(one_directory(directory, model))
     refuse_filled(out)
     network = model_kind(source, allow_pickle).from_pretrained(source, allow_pickle=allow_pickle)
+    stored = hub.canonical(hub.load_state(source, allow_pickle), source)
+    lost = [*network.new_parameters, *sorted(set(stored) - set(hub.canonical(hub.hf_state(network))) - {hub.DECODER})]
+    if lost:
+        raise ValueError(f"{source}: {', '.join(lost)} would be made up or lost: minibert has no such model to convert")
     has_tokenizer = any((source / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
     network.save_pretrained(out, Tokenizer.from_pretrained(source) if has_tokenizer else None)
     say(f"{network.objective}, {network.num_parameters():,} parameters, in {out}")

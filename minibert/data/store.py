@@ -9,6 +9,7 @@ meta.json      version, tokenizer hash, counts, sources; and the tokenizer's own
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -109,9 +110,12 @@ def build_store(
     }
     if _is_occupied(out):
         return _reuse(out, recipe)
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        temporary.chmod(0o777 & ~_umask())
+    except OSError as error:
+        raise ValueError(f"{out} is no directory to write into ({error.strerror}): choose another output") from None
     try:
         documents = read_documents(paths, text_column=text_column)
         counts = _write_tokens(temporary, documents, tokenizer, np.dtype(recipe["dtype"]), max_documents, progress)
@@ -128,20 +132,35 @@ def build_store(
     return TokenStore(out)
 
 
-def split_documents(num_documents: int, valid_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_documents(
+    num_documents: int, valid_fraction: float, seed: int, at_least: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the training and of the held-out documents, both ascending; a pure function of its arguments.
 
-    At least one document is held out, and one is kept, where there are two or more and valid_fraction > 0.
+    Where valid_fraction > 0, each side gets `at_least` documents.
+    Raises:
+        ValueError: valid_fraction out of range, or fewer than 2 * at_least documents to split.
     """
     if not 0 <= valid_fraction < 1:
         raise ValueError(f"valid_fraction={valid_fraction} is not in [0, 1)")
     count = 0
-    if valid_fraction > 0 and num_documents > 1:
-        count = min(max(round(valid_fraction * num_documents), 1), num_documents - 1)
+    if valid_fraction > 0:
+        if num_documents < 2 * at_least:
+            raise ValueError(
+                f"there are {num_documents} documents: training and held-out text need {at_least} each: add documents"
+            )
+        count = min(max(round(valid_fraction * num_documents), at_least), num_documents - at_least)
     ids = np.arange(num_documents, dtype=np.int64)
     key, tie_break, _, _ = philox(fold(seed, 0x5B117), ids)
     order = np.lexsort((tie_break, key))
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _write_tokens(folder: Path, documents, tokenizer, dtype, max_documents, progress) -> dict[str, int]:

@@ -248,6 +248,8 @@ class LabelledData:
     """An endless stream of shuffled, packed batches; its state is one integer, the number of examples drawn."""
 
     def __init__(self, ids, types, labels: np.ndarray, *, batch_size: int, seed: int):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not positive")
         self.ids, self.types, self.labels = ids, types, labels
         self.batch_size, self.seed = batch_size, seed
 

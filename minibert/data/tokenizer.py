@@ -15,6 +15,8 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ..files import write_atomically
+
 SPECIAL_TOKENS = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 MAX_LENGTH = 512  # BERT's number of positions, where the files name none
 MAX_ALPHABET = 1000
@@ -81,12 +83,15 @@ class Tokenizer:
 
     @classmethod
     def from_vocab(
-        cls, vocab: dict[str, int], *, lowercase: bool = True, special_tokens=None, **options
+        cls, vocab: dict[str, int], *, lowercase: bool = True, normalizer=None, special_tokens=None, **options
     ) -> "Tokenizer":
-        """A tokenizer from pieces and their ids; special tokens may stand anywhere."""
+        """A tokenizer from pieces and their ids; special tokens may stand anywhere.
+
+        `normalizer` holds further options of `tokenizers.normalizers.BertNormalizer`.
+        """
         unk = (SPECIAL_TOKENS | (special_tokens or {}))["unk"]
         backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token=unk, max_input_chars_per_word=100))
-        backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+        backend.normalizer = normalizers.BertNormalizer(**{"lowercase": lowercase} | (normalizer or {}))
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece(prefix="##")
         return cls(backend, special_tokens=special_tokens, **options)
@@ -110,11 +115,11 @@ class Tokenizer:
         elif not path.is_file():
             raise ValueError(f"{path} does not exist: expected a folder with tokenizer.json or vocab.txt")
         settings = _settings(file.parent)
-        lowercase = settings.pop("lowercase") if lowercase is None else lowercase
+        normalizer = settings.pop("normalizer") | ({} if lowercase is None else {"lowercase": lowercase})
         try:
             if file.suffix == ".json":
-                return cls(_read_backend(file, lowercase), **settings)
-            return cls.from_vocab(_read_vocab(file), lowercase=lowercase in (None, True), **settings)
+                return cls(_read_backend(file, normalizer), **settings)
+            return cls.from_vocab(_read_vocab(file), normalizer=normalizer, **settings)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -142,14 +147,21 @@ class Tokenizer:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         settings = {"tokenizer_class": "BertTokenizer", "model_max_length": self.model_max_length}
-        settings |= {"do_lower_case": self.lowercase, "strip_accents": None, "tokenize_chinese_chars": True}
+        normalizer = self._backend.normalizer
+        settings |= {
+            "do_lower_case": self.lowercase,
+            "strip_accents": getattr(normalizer, "strip_accents", None),
+            "tokenize_chinese_chars": getattr(normalizer, "handle_chinese_chars", True),
+        }
         settings |= {f"{name}_token": token for name, token in self.special_tokens.items()}
         pieces = [f"[hole{i}]" for i in range(self.vocab_size)]  # an id without a piece still needs its line
         for piece, i in self.get_vocab().items():
             pieces[i] = piece
-        _write(path / "tokenizer.json", json.dumps(json.loads(self._backend.to_str()), ensure_ascii=False, indent=1))
-        _write(path / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-        _write(path / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
+        write_atomically(
+            path / "tokenizer.json", json.dumps(json.loads(self._backend.to_str()), ensure_ascii=False, indent=1)
+        )
+        write_atomically(path / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        write_atomically(path / "vocab.txt", "".join(f"{piece}\n" for piece in pieces))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -328,7 +340,13 @@ def _settings(folder: Path) -> dict:
     length = given.get("model_max_length")
     # transformers writes 1e30 for "no limit"
     length = length if isinstance(length, int) and 0 < length < 1 << 31 else MAX_LENGTH
-    return {"special_tokens": tokens, "model_max_length": length, "lowercase": given.get("do_lower_case")}
+    names = {
+        "lowercase": "do_lower_case",
+        "strip_accents": "strip_accents",
+        "handle_chinese_chars": "tokenize_chinese_chars",
+    }
+    normalizer = {ours: given[theirs] for ours, theirs in names.items() if given.get(theirs) is not None}
+    return {"special_tokens": tokens, "model_max_length": length, "normalizer": normalizer}
 
 
 def _read_json(file: Path) -> dict:
@@ -341,7 +359,7 @@ def _read_json(file: Path) -> dict:
     return content
 
 
-def _read_backend(file: Path, lowercase: bool | None) -> tokenizers.Tokenizer:
+def _read_backend(file: Path, options: dict) -> tokenizers.Tokenizer:
     content = _read_json(file)
     model = content.get("model")
     if not isinstance(model, dict) or "vocab" not in model:
@@ -349,8 +367,8 @@ def _read_backend(file: Path, lowercase: bool | None) -> tokenizers.Tokenizer:
     if model.get("type", "WordPiece") != "WordPiece":
         raise ValueError(f"a {model['type']} tokenizer: minibert reads WordPiece")
     normalizer = content.get("normalizer") or {}
-    if lowercase is not None and normalizer.get("type") == "BertNormalizer":
-        normalizer["lowercase"] = lowercase
+    if normalizer.get("type") == "BertNormalizer":
+        normalizer |= options
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(content | {"truncation": None, "padding": None}))
     except Exception as error:  # the backend raises bare exceptions
@@ -364,11 +382,6 @@ def _read_vocab(file: Path) -> dict[str, int]:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     # not splitlines: some pieces are themselves line separators
     return {line.rstrip("\r"): i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
-
-
-def _write(file: Path, text: str) -> None:
-    with open(file, "w", encoding="utf-8", newline="\n") as stream:
-        stream.write(text)
 
 
 def _count_words(texts: Iterable[str], lowercase: bool) -> Counter:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..batch import IGNORE
 from ..data.tokenizer import Tokenizer
-from ..hub import BIAS, DECODER_BIAS, architecture, hf_names
-from ..model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from ..hub import BIAS, DECODER_BIAS, architecture, hf_config, hf_names
+from ..model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 from ..model.losses import problem_type
 
 STATE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
@@ -74,16 +74,18 @@ def parity(directory, *, allow_pickle: bool = False, backend: str = "auto", devi
         ValueError: transformers is not installed, or the directory is no checkpoint.
     """
     kind = MODELS[architecture(directory, allow_pickle)]
-    theirs = load_theirs(kind, directory)
     ours = kind.from_pretrained(directory, allow_pickle=allow_pickle, backend=backend)
+    if hf_config(ours.config, "")["model_type"] != "bert":
+        raise ValueError(f"{directory}: its norm, ffn, position or block is not BERT's: transformers has no such model")
+    theirs = load_theirs(kind, directory, add_pooler=getattr(ours, "pooler", None) is not None)
     batches = {
         name: {key: value.to(device) for key, value in batch.items()} for name, batch in inputs(directory, ours.config)
     }
     return compare(ours.to(device), theirs.to(device), batches)
 
 
-def load_theirs(kind: type, directory, attention: str = "eager") -> nn.Module:
-    """The transformers model of the same name, in float32 and eval mode."""
+def load_theirs(kind: type, directory, attention: str = "eager", add_pooler: bool = True) -> nn.Module:
+    """The transformers model of the same name, in float32 and eval mode; `add_pooler` is for a bare encoder."""
     try:
         import transformers
     except ImportError:
@@ -91,20 +93,24 @@ def load_theirs(kind: type, directory, attention: str = "eager") -> nn.Module:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = copy.deepcopy(transformers.BertConfig.from_pretrained(directory))
-    reference = getattr(transformers, kind.__name__)
-    return reference.from_pretrained(
-        directory, config=config, attn_implementation=attention, dtype=torch.float32, local_files_only=True
-    ).eval()
+    reference, options = (
+        getattr(transformers, kind.__name__),
+        {"attn_implementation": attention, "dtype": torch.float32},
+    )
+    if kind is BertModel:
+        options["add_pooling_layer"] = add_pooler
+    return reference.from_pretrained(directory, config=config, local_files_only=True, **options).eval()
 
 
 def inputs(directory, config) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Padded batches with types, as (name, arguments): random ids, and sentence pairs where there is a tokenizer."""
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor([1, 7, 23, 16, 12])
-    ids = torch.randint(1, config.vocab_size, (5, 23), generator=generator)
+    size = min(23, config.max_position_embeddings)
+    lengths = torch.tensor([1, 7, 23, 16, 12]).clamp(max=size)
+    ids = torch.randint(1, config.vocab_size, (5, size), generator=generator)
     ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
-    mask = (torch.arange(23) < lengths[:, None]).long()
-    types = (torch.arange(23) >= lengths[:, None] // 2).long() * mask * (config.type_vocab_size > 1)
+    mask = (torch.arange(size) < lengths[:, None]).long()
+    types = (torch.arange(size) >= lengths[:, None] // 2).long() * mask * (config.type_vocab_size > 1)
     yield (
         "random",
         {"input_ids": ids * mask + config.pad_token_id * (1 - mask), "attention_mask": mask, "token_type_ids": types},
@@ -115,7 +121,9 @@ def inputs(directory, config) -> Iterator[tuple[str, dict[str, Tensor]]]:
         singles = [a for a, b in TEXTS if b is None]
         pairs = [(a, b) for a, b in TEXTS if b is not None]
         for name, call in (("pairs", tuple(map(list, zip(*pairs, strict=True)))), ("text", (singles,))):
-            encoded = tokenizer(*call, padding=True, return_tensors="pt")
+            encoded = tokenizer(
+                *call, truncation=True, max_length=config.max_position_embeddings, padding=True, return_tensors="pt"
+            )
             yield name, {key: encoded[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
 
 

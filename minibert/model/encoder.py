@@ -107,6 +107,11 @@ class Bert(nn.Module):
         """Write a directory that Hugging Face's BERT loads; see `minibert.hub.save_pretrained`."""
         hub.save_pretrained(self, directory, tokenizer)
 
+    def __call__(self, *args, return_dict: bool = True, **kwargs) -> Output | tuple:
+        """`forward`; with `return_dict=False` the fields that are there, as a tuple."""
+        output = super().__call__(*args, **kwargs)
+        return output if return_dict else output.to_tuple()
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 

@@ -61,8 +61,9 @@ class Headed(Bert):
 class BertForPreTraining(Headed):
     """Masked language model and next-sentence prediction (Devlin et al., 2019, section 3.1).
 
-    `loss` is the sum of the two means. Logits over the vocabulary are made only where no labels are given, or with
-    `output_logits=True`: with labels, only labelled tokens meet the vocabulary.
+    `loss` is the sum of the two means. Logits over all tokens and the whole vocabulary are made for the Hugging Face
+    call, as there, and for a packed batch without labels; `output_logits` says otherwise. Without them, only labelled
+    tokens meet the vocabulary.
     """
 
     objective = "BertForPreTraining"
@@ -98,7 +99,7 @@ class BertForPreTraining(Headed):
             losses.append(output.nsp_loss)
         if losses:
             output.loss = sum(losses)
-        if output_logits or (output_logits is None and batch.mlm_rows is None):
+        if wants_logits(output_logits, batch, mask):
             output.prediction_logits = self.mlm(x, ctx)
         return output if mask is None else leave(output, mask)
 
@@ -134,7 +135,7 @@ class BertForMaskedLM(Headed):
         if batch.mlm_rows is not None:
             output.loss, output.mlm_correct = self.mlm.loss(encoded.last_hidden_state, ctx)
             output.mlm_loss, output.mlm_count = output.loss, len(batch.mlm_rows)
-        if output_logits or (output_logits is None and batch.mlm_rows is None):
+        if wants_logits(output_logits, batch, mask):
             output.prediction_logits = self.mlm(encoded.last_hidden_state, ctx)
         if mask is not None:
             leave(output, mask)
@@ -174,6 +175,11 @@ class BertForSequenceClassification(Headed):
             return x
         keep = row_keep(drop["seed"], drop["dropout"], ctx.batch.seq_ids, x.shape[-1])
         return torch.where(keep, x * keep_scale(drop["dropout"]), 0)
+
+
+def wants_logits(asked: bool | None, batch: Batch, mask: Tensor | None) -> bool:
+    """Logits over the vocabulary are the default, except for a packed batch with labels."""
+    return (mask is not None or batch.mlm_rows is None) if asked is None else asked
 
 
 def with_mlm_labels(batch: Batch, mask: Tensor | None, labels: Tensor | None, config: BertConfig) -> Batch:

@@ -27,6 +27,8 @@ def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> T
         ValueError: labels have another shape, or a class is out of range (checked on CPU).
     """
     kind, logits = problem_type(config, labels), logits.float()
+    if labels.ndim == 2 and labels.shape[1] == 1 and kind != "multi_label_classification":
+        labels = labels.squeeze(1)  # a column, as Hugging Face takes it
     if kind == "regression":
         expected = logits.squeeze(-1) if config.num_labels == 1 else logits
         check_shape("labels", labels, expected)

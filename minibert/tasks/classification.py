@@ -12,7 +12,14 @@ from ..train import metrics
 
 
 def kind_of(model: BertForSequenceClassification) -> Kind:
-    return "regression" if model.config.problem_type == "regression" else "classification"
+    """What the model predicts; one output without a stated problem type is regression, as in Hugging Face."""
+    config = model.config
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(
+            "problem_type='multi_label_classification' can be trained on, but not yet measured or predicted"
+        )
+    silent = config.problem_type is None and config.num_labels == 1
+    return "regression" if silent or config.problem_type == "regression" else "classification"
 
 
 @torch.no_grad()

@@ -139,6 +139,8 @@ def check_device(device: str) -> torch.device:
         result = torch.device(device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device={device!r} is not the name of a device: expected cpu, cuda or cuda:0") from None
+    if result.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} is not supported: expected cpu, cuda or cuda:0")
     if result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices: use device=cpu"

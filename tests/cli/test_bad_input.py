@@ -40,6 +40,7 @@ def files(tmp_path, checkpoint):
         "one_class.csv": "text,label\nthe lamp is good,positive\nthe film is good,positive\nsoup,positive\n",
         "empty.csv": "",
         "long.csv": "text,label\n" + " ".join(WORDS * 3) + ",positive\nbad soup,negative\nbad,negative\n",
+        "strange.csv": "text,label\nthe lamp,neutral\n",
         "empty.txt": "",
         "corpus.txt": "\n\n".join(". ".join(" ".join(WORDS[i:] + WORDS[:i]) for _ in range(4)) for i in range(12)),
         "broken.yaml": "steps: [1, 2",
@@ -121,7 +122,20 @@ CASES = {
         "predict --model {checkpoint} --data {dir}/good.csv --text-column txt",
         "'text'",
     ),
-    "label unknown to the model": ("evaluate --model {checkpoint} --data {dir}/broken.jsonl", "broken.jsonl:2"),
+    "label unknown to the model": ("evaluate --model {checkpoint} --data {dir}/strange.csv", "'neutral' is not one of"),
+    "no batch": ("predict --model {checkpoint} --batch-size 0 lamp", "batch_size=0 is not positive"),
+    "no guesses": ("fill-mask --model {checkpoint} --top 0 [MASK]", "top=0 is not positive"),
+    "answers to nowhere": (
+        "predict --model {checkpoint} --out {dir}/no/where.jsonl lamp",
+        "in a directory that exists",
+    ),
+    "unknown part": (PRETRAIN + "--data {dir}/corpus.txt --arch.norm batchnorm", "norm='batchnorm' is not one of"),
+    "no tokens a batch": (
+        "pretrain --out {out} --data {dir}/corpus.txt --batch-tokens 0",
+        "batch_tokens=0 is not positive",
+    ),
+    "samples too short": (PRETRAIN + "--data {dir}/corpus.txt --max-length 3", "max_length=3 leaves no room"),
+    "device of another kind": (FINETUNE + "--data {dir}/good.csv --device meta", "device='meta' is not supported"),
 }
 
 

@@ -135,6 +135,25 @@ def test_convert_keeps_every_tensor(pretrained, tmp_path):
     assert main(["convert", str(pretrained), "--out", str(out)]) == 2  # it is filled now
 
 
+def test_resuming_on_other_data_is_refused_and_the_run_keeps_its_word(pretrained, tmp_path, capsys):
+    out, one, two = tmp_path / "run", tmp_path / "one.csv", tmp_path / "two.csv"
+    for file, label in ((one, "ab"), (two, "ba")):
+        file.write_text("text,label\n" + "".join(f"the cat sees {i},{label[i % 2]}\n" for i in range(12)))
+    command = f"finetune --init {pretrained} --out {out} --epochs 1 --valid-fraction 0.3"
+    assert main(f"{command} --data {one}".split()) == 0
+    before = (out / "config.yaml").read_bytes()
+    assert main(f"{command} --data {two} --resume".split()) == 2
+    assert "was started with data.train=" in capsys.readouterr().err
+    assert (out / "config.yaml").read_bytes() == before
+
+
+def test_a_store_of_another_tokenizer_is_refused_beside_weights(corpus, pretrained, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert main(f"prepare --data {corpus} --out {store} --vocab-size 300 --cased".split()) == 0
+    assert main(f"evaluate --model {pretrained} --data {store}".split()) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -96,10 +96,13 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, toy_tokenizer):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.txt"]
 
 
-def test_what_a_killed_build_left_behind_is_replaced(toy_text, toy_tokenizer, tmp_path):
+def test_a_folder_with_the_name_of_a_temporary_one_is_left_alone(toy_text, toy_tokenizer, tmp_path):
     (tmp_path / "store.tmp").mkdir()
-    (tmp_path / "store.tmp" / "tokens.bin").write_bytes(b"half")
+    (tmp_path / "store.tmp" / "tokens.bin").write_bytes(b"mine")
+    before = set(tmp_path.iterdir())
     assert build_store(toy_text, tmp_path / "store", toy_tokenizer).num_tokens == 20
+    assert (tmp_path / "store.tmp" / "tokens.bin").read_bytes() == b"mine"
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "store"}
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "sentences.bin", "documents.bin"])
@@ -142,13 +145,20 @@ def test_counts_that_do_not_fit_the_files_are_refused(store, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "count, fraction, held_out", [(100, 0.1, 10), (2, 0.01, 1), (3, 0.9, 2), (1, 0.5, 0), (13, 0, 0)]
+    "count, fraction, held_out", [(100, 0.1, 10), (2, 0.01, 1), (3, 0.9, 2), (1, 0, 0), (13, 0, 0)]
 )
 def test_documents_are_split_into_two_disjoint_parts(count, fraction, held_out):
     train, valid = split_documents(count, fraction, 7)
     assert len(valid) == held_out
     assert sorted([*train, *valid]) == list(range(count))
     assert all(np.array_equal(a, b) for a, b in zip((train, valid), split_documents(count, fraction, 7), strict=True))
+
+
+def test_each_side_of_a_split_gets_what_pairs_need():
+    train, valid = split_documents(20, 0.05, 7, at_least=2)
+    assert (len(train), len(valid)) == (18, 2)
+    with pytest.raises(ValueError, match="there are 3 documents: training and held-out text need 2 each"):
+        split_documents(3, 0.05, 7, at_least=2)
 
 
 def test_the_split_depends_on_the_seed_and_refuses_a_bad_fraction():

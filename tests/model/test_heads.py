@@ -98,12 +98,15 @@ def test_logits_are_made_only_where_they_are_wanted():
     inputs = padded()
     labels = mlm_labels(inputs)
     model = build(BertForPreTraining)
-    assert model(**inputs, labels=labels).prediction_logits is None
-    assert model(**inputs, labels=labels, output_logits=True).prediction_logits.shape == (5, 7, 41)
+    assert model(**inputs, labels=labels).prediction_logits.shape == (5, 7, 41), "as Hugging Face"
+    assert model(**inputs, labels=labels, output_logits=False).prediction_logits is None
+    with_labels = dataclasses.replace(packed(inputs), mlm_rows=torch.tensor([1, 4]), mlm_labels=torch.tensor([7, 8]))
+    assert model(with_labels).prediction_logits is None
+    assert model(with_labels, output_logits=True).prediction_logits.shape == (sum(LENGTHS), 41)
     assert model(**inputs).prediction_logits.shape == (5, 7, 41) and model(**inputs).loss is None
     assert model(**inputs, output_logits=False).prediction_logits is None
     model = build(BertForMaskedLM)
-    assert model(**inputs, labels=labels).logits is None
+    assert model(with_labels).logits is None and model(**inputs, labels=labels).logits.shape == (5, 7, 41)
     assert model(packed(inputs)).logits.shape == (sum(LENGTHS), 41)
     assert model(**inputs).logits[1, 1:].abs().sum() == 0, "a prediction at padding"
 
