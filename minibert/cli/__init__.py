@@ -34,7 +34,9 @@ class Parser(jsonargparse.ArgumentParser):
     """jsonargparse, with every error in one line."""
 
     def error(self, message: str, ex: Exception | None = None):
-        text = " ".join(message.split()).removeprefix("Parser key ")
+        # of a union type the parser says what each member has against the value: the first sentence is enough
+        text = " ".join(message.split(" Errors:")[0].split()).removeprefix("Parser key ")
+        text = text if len(text) < 300 else text[:300] + " …"
         unknown = re.search(r"--([\w-]+)", text) if "unrecognized" in text else None
         raise ValueError(text + (_nearest(unknown[1], self.flags) if unknown else ""))
 

@@ -1,7 +1,5 @@
 """Packed pretraining batches by token budget. The state of the loader is one integer: how many samples were taken."""
 
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,7 +14,6 @@ from .store import TokenStore
 from .tokenizer import Tokenizer
 
 FEISTEL_ROUNDS = 4  # pseudo-random from three on (Luby and Rackoff, 1988)
-PREFETCH = 2  # batches that wait in the queue
 
 
 def permute(seed: int, epoch, index, n: int):
@@ -95,10 +92,11 @@ class PretrainingData:
         (epoch, index, plan), end = self._take(cursor)
         return self._build(epoch, index, plan, np.arange(cursor, end)), end
 
-    def batches(self, cursor: int = 0, workers: int = 0) -> Iterator[tuple[Batch, int]]:
-        """`next_batch` without end; with workers > 0 a thread prepares the batches ahead. The sequence is the same."""
-        stream = self._stream(cursor)
-        return _prefetch(stream) if workers else stream
+    def batches(self, cursor: int = 0) -> Iterator[tuple[Batch, int]]:
+        """`next_batch` without end, for a loop of your own: (batch, cursor behind it)."""
+        while True:
+            batch, cursor = self.next_batch(cursor)
+            yield batch, cursor
 
     def evaluation_batches(self, limit: int | None = None) -> Iterator[Batch]:
         """One pass over the samples in their order, with the draws of epoch 0; at most `limit` batches."""
@@ -110,11 +108,6 @@ class PretrainingData:
             rows = slice(start, end)
             yield self._build(np.zeros_like(index[rows]), index[rows], plan[rows], index[rows])
             start, count = end, count + 1
-
-    def _stream(self, cursor: int) -> Iterator[tuple[Batch, int]]:
-        while True:
-            batch, cursor = self.next_batch(cursor)
-            yield batch, cursor
 
     def _take(self, cursor: int):
         """(epoch, index, plan) of the samples that fit one batch, and the cursor behind them."""
@@ -150,37 +143,3 @@ class PretrainingData:
         if self.nsp:
             targets["nsp_labels"] = torch.from_numpy(plan.is_random)
         return pack(np.split(ids, borders), np.split(types, borders), seq_ids=seq_ids, **targets)
-
-
-def _prefetch(stream: Iterator) -> Iterator:
-    """The same items, made ahead by a thread; an error in it is raised here, and closing the iterator ends it."""
-    ready, stopped = queue.Queue(maxsize=PREFETCH), threading.Event()
-
-    def put(item) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work():
-        try:
-            for item in stream:
-                if not put((item, None)):
-                    return
-        except BaseException as error:  # handed to the reader, whatever it is
-            put((None, error))
-
-    thread = threading.Thread(target=work, name="minibert-data", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

@@ -1,5 +1,4 @@
 import itertools
-import threading
 
 import numpy as np
 import pytest
@@ -109,21 +108,6 @@ def test_a_run_continues_from_its_cursor_alone(data, store, tokenizer):
     resumed = list(itertools.islice(fresh.batches(batches[19][1]), 30))
     for (a, cursor_a), (b, cursor_b) in zip(batches[20:], resumed, strict=True):
         assert cursor_a == cursor_b and same(a, b)
-
-
-def test_prefetching_gives_the_same_batches_and_ends_its_thread(data):
-    before = threading.active_count()
-    ahead = data.batches(13, workers=1)
-    for (a, cursor_a), (b, cursor_b) in zip(itertools.islice(ahead, 20), data.batches(13), strict=False):
-        assert cursor_a == cursor_b and same(a, b)
-    ahead.close()
-    assert threading.active_count() == before
-
-
-def test_an_error_while_prefetching_reaches_the_reader(data, monkeypatch):
-    monkeypatch.setattr(data, "next_batch", lambda cursor: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(data.batches(workers=1))
 
 
 def test_evaluation_passes_once_over_the_held_out_documents(store, tokenizer):
