@@ -14,6 +14,9 @@ from .reference import (
     unpack,
 )
 
+# those with a kernel beside their reference; each takes backend="auto" | "triton" | "reference"
+TRITON_OPS = ("attention", "dropout_add_norm")
+
 __all__ = [
     "attention",
     "attention_probs",

@@ -11,14 +11,12 @@ same bits. The second forms its scores as k qᵀ, [keys, queries], because on Ho
 not be an operand.
 """
 
-from functools import cache
-
 import torch
 
 from . import reference
 from ._triton import tl, triton
 from .dispatch import use_triton
-from .launch import FP_FUSION, AotCase, attention_plan
+from .launch import FP_FUSION, AotCase, attention_plan, capability
 from .philox import as_seed, philox_tile, threshold
 
 MAX_HEAD_SIZE = 128
@@ -244,7 +242,7 @@ def _launch(kernel, direction, tensors, strides, q, cu_seqlens, seq_ids, seed, m
         return
     # the interpreter pays by the program, and gets the larger tiles
     element_size = q.element_size() if q.is_cuda else 2
-    plan = attention_plan(head_size, element_size, _capability(q.device), max_seqlen, direction)
+    plan = attention_plan(head_size, element_size, capability(q.device), max_seqlen, direction)
     num_tiles = -(-max_seqlen // (plan.block_n if direction == "dkdv" else plan.block_m))
     with torch.cuda.device_of(q):
         kernel[(num_sequences * num_heads * num_tiles,)](
@@ -253,15 +251,6 @@ def _launch(kernel, direction, tensors, strides, q, cu_seqlens, seq_ids, seed, m
             HEAD_SIZE=head_size, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
             num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
-
-
-@cache
-def _capability(device):
-    """The GPU's, e.g. 90; the interpreter takes the plans of one."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @torch.library.custom_op("minibert::attention_fwd", mutates_args=())
@@ -424,12 +413,12 @@ def _unsupported(q, scale, score_bias):
     return None
 
 
-def aot_cases(capability):
+def aot_cases(arch):
     """The default launch plans in bfloat16 on a fused projection, long sequences, for `xray`."""
     for head_size in (32, 64, 128):
         for dropout in (False, True):
             for direction in ("fwd", "dq", "dkdv"):
-                plan = attention_plan(head_size, 2, capability, 512, direction)
+                plan = attention_plan(head_size, 2, arch, 512, direction)
                 yield _aot_case(direction, plan, head_size, dropout)
 
 

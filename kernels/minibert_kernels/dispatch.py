@@ -5,6 +5,7 @@ instead of falling back; `"reference"` is always possible.
 """
 
 import logging
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -22,6 +23,31 @@ def interpreting() -> bool:
     return _INTERPRETING
 
 
+_disabled: frozenset[str] = frozenset()
+
+
+@contextmanager
+def disabled(*ops: str):
+    """Run these ops by their reference, whatever backend is asked for: to bisect a difference, or to measure what one
+    kernel is worth in a whole step. Acts on calls in any thread; backward follows its forward.
+
+    Raises:
+        ValueError: an op has no Triton kernel.
+    """
+    import minibert_kernels
+
+    global _disabled
+    known = minibert_kernels.TRITON_OPS
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"op={op!r} is not one of {', '.join(known)}")
+    before, _disabled = _disabled, _disabled | set(ops)
+    try:
+        yield
+    finally:
+        _disabled = before
+
+
 def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) -> bool:
     """Whether `op` runs its Triton kernel on `tensors`.
 
@@ -32,7 +58,7 @@ def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) 
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "reference":
+    if backend == "reference" or op in _disabled:
         return False
     device, dtype = tensors[0].device, tensors[0].dtype
     reason = unsupported or _missing(device.type, dtype, backend == "triton" and interpreting())

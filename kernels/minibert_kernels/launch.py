@@ -6,9 +6,33 @@ prints the table to paste here, with the GPU and the date. `xray` compiles what 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+
+import torch
 
 # Triton 3.10 changes the default: every launch and every compilation ahead of time says it
 FP_FUSION = True
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The GPU's, e.g. 90; the interpreter takes the plans of one."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a persistent grid fills; two in the interpreter, so that the loop over tiles is seen there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def as_matrix(x, cols):
+    """[..., cols] as [rows, cols] and its two strides; one stride between rows is needed to do so without a copy."""
+    x = x.reshape(-1, cols)
+    return x, x.stride(0), x.stride(1)
 
 
 @dataclass(frozen=True, kw_only=True)

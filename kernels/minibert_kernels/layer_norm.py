@@ -22,8 +22,8 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import use_triton
-from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, norm_plan
-from .philox import as_seed, keep_scale, row_keep_tile, threshold
+from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, multiprocessors, norm_plan
+from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
 
 KINDS = ("layernorm", "rmsnorm")
 
@@ -136,19 +136,6 @@ def _backward_buffers(x, residual_dtype, dropout):
     return x.new_empty(x.shape), x.new_empty(x.shape if separate else 0, dtype=residual_dtype or x.dtype)
 
 
-def _matrix(x, cols):
-    """[..., cols] as [rows, cols] and its two strides; one stride between rows is needed to do so without a copy."""
-    x = x.reshape(-1, cols)
-    return x, x.stride(0), x.stride(1)
-
-
-def _counters(rows, num_rows, dropout, device):
-    """int64 [rows] counters of the dropout mask, or None without dropout."""
-    if dropout == 0.0:
-        return None
-    return torch.arange(num_rows, device=device) if rows is None else rows.reshape(-1).contiguous()
-
-
 @torch.library.custom_op("minibert::dropout_add_norm_fwd", mutates_args=())
 def _forward(
     x: torch.Tensor,
@@ -166,12 +153,12 @@ def _forward(
     if num_rows == 0:
         return out, total, mean, rstd
     plan = norm_plan(cols, "fwd")
-    x, *x_strides = _matrix(x, cols)
-    residual, *residual_strides = (None, 0, 0) if residual is None else _matrix(residual, cols)
+    x, *x_strides = as_matrix(x, cols)
+    residual, *residual_strides = (None, 0, 0) if residual is None else as_matrix(residual, cols)
     with torch.cuda.device_of(x):
         _dropout_add_norm_fwd_kernel[(triton.cdiv(num_rows, plan.block_m),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(),
-            seed, _counters(rows, num_rows, dropout, x.device), out, total, mean, rstd,
+            seed, as_counters(rows, num_rows, x.device) if dropout > 0.0 else None, out, total, mean, rstd,
             *x_strides, *residual_strides, num_rows, cols, eps, threshold(dropout), keep_scale(dropout),
             RMS=kind == "rmsnorm", DROPOUT=dropout > 0.0, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
             num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
@@ -203,15 +190,15 @@ def _backward(
     if num_rows == 0:
         return dx, dresidual, weight.new_zeros(2, cols, dtype=torch.float32)
     plan = norm_plan(cols, "bwd")
-    programs = min(triton.cdiv(num_rows, plan.block_m), plan.programs_per_sm * _multiprocessors(total.device))
+    programs = min(triton.cdiv(num_rows, plan.block_m), plan.programs_per_sm * multiprocessors(total.device))
     dparams = total.new_empty(2, programs, cols, dtype=torch.float32)
-    dout, *dout_strides = _matrix(dout, cols)
-    total, *total_strides = _matrix(total, cols)
-    dtotal, *dtotal_strides = (None, 0, 0) if dtotal is None else _matrix(dtotal, cols)
+    dout, *dout_strides = as_matrix(dout, cols)
+    total, *total_strides = as_matrix(total, cols)
+    dtotal, *dtotal_strides = (None, 0, 0) if dtotal is None else as_matrix(dtotal, cols)
     with torch.cuda.device_of(total):
         _dropout_add_norm_bwd_kernel[(programs,)](
             dout, dtotal, total, mean, rstd,
-            weight.contiguous(), seed, _counters(rows, num_rows, dropout, total.device),
+            weight.contiguous(), seed, as_counters(rows, num_rows, total.device) if dropout > 0.0 else None,
             dx, dresidual if dresidual.numel() else None, dparams,
             *dout_strides, *dtotal_strides, *total_strides,
             num_rows, cols, threshold(dropout), keep_scale(dropout),
@@ -225,10 +212,6 @@ def _backward(
 def _(dout, dtotal, total, mean, rstd, weight, seed, rows, dropout, kind, residual_dtype):
     dparams = weight.new_empty(2, total.shape[-1], dtype=torch.float32)
     return *_backward_buffers(total, residual_dtype, dropout), dparams
-
-
-def _multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _save(ctx, inputs, output):

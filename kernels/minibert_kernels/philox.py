@@ -129,6 +129,11 @@ def row_keep(seed, p, rows, cols):
     return keep_mask(seed, p, zero, zero, rows, rows >> 32, cols)
 
 
+def as_counters(rows, num_rows, device):
+    """`row_keep`'s int64 [num_rows] counters: the caller's, whatever their shape, or 0, 1, 2, ..."""
+    return torch.arange(num_rows, device=device) if rows is None else rows.reshape(-1).contiguous()
+
+
 def as_seed(seed, device):
     """`seed` as an int64 scalar on `device`: a kernel reads it there, so a captured graph may be given a new one."""
     if isinstance(seed, torch.Tensor):

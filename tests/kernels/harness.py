@@ -1,0 +1,84 @@
+"""What the kernel tests share: inputs in every layout, values with their gradients, and the judge."""
+
+from contextlib import contextmanager
+
+import torch
+from tolerance import BACKWARD, FORWARD, assert_as_accurate
+
+SEED = 0x1234_5678_9ABC
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+LAYOUTS = ("contiguous", "wide rows", "misaligned", "transposed", "every second column", "one row expanded")
+
+
+def arrange(x, layout):
+    """The values of x [..., D] (of its first row, for the expanded layout) in other strides, with NaN between them."""
+    if x.ndim < 2 or layout == "contiguous":
+        return x
+    if layout == "one row expanded":
+        return x[(slice(1),) * (x.ndim - 1)].expand(x.shape)
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] * 2 + 16), float("nan"))
+    if layout == "transposed":
+        return x.mT.contiguous().mT
+    if layout == "every second column":
+        view = wide[..., : 2 * x.shape[-1] : 2]
+    else:
+        offset = 8 if layout == "wide rows" else 1
+        view = wide[..., offset : offset + x.shape[-1]]
+    return view.copy_(x)
+
+
+def values_and_gradients(op, tensors, douts, **options):
+    """{name: tensor} of what op returns ("out", "out1", ...) and of the gradients ("d" + name).
+
+    Args:
+        tensors: {name: tensor or None}, passed by name; those of a floating dtype get a gradient.
+        douts: one gradient for each floating output, cast to its dtype.
+    """
+    leaves = {
+        name: t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    outs = op(**leaves, **options)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    named = {f"out{i or ''}": out for i, out in enumerate(outs)}
+    wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
+    smooth = [out for out in outs if out.requires_grad]
+    grads = torch.autograd.grad(smooth, list(wanted.values()), [d.to(o.dtype) for d, o in zip(douts, smooth)])  # noqa: B905
+    return {k: v.detach() for k, v in named.items()} | {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
+
+
+def widen(tensors):
+    """The same inputs in float64."""
+    return {k: t.double() if t is not None and t.is_floating_point() else t for k, t in tensors.items()}
+
+
+def check(kernel, eager, reference, draws, **options):
+    """Hold `kernel` to the tolerance: torch's own error (`eager`, in the inputs' dtype) against `reference` in float64.
+
+    Args:
+        draws: [(tensors, douts)], whose results are pooled: the largest error of a few elements is luck.
+    """
+    ours, torchs = (pooled(op, draws, **options) for op in (kernel, eager))
+    exact = pooled(reference, [(widen(t), [d.double() for d in douts]) for t, douts in draws], **options)
+    assert ours.keys() == exact.keys()
+    for name in ours:
+        if exact[name].is_floating_point():
+            factor = BACKWARD if name.startswith("d") else FORWARD
+            assert_as_accurate(ours[name], torchs[name], exact[name], factor=factor, name=name)
+        else:
+            assert torch.equal(ours[name], exact[name]), name
+
+
+def pooled(op, draws, **options):
+    results = [values_and_gradients(op, tensors, douts, **options) for tensors, douts in draws]
+    return {name: torch.stack([r[name] for r in results]) for name in results[0]}
+
+
+@contextmanager
+def repeat_with(case, device):
+    """On failure, the one line that repeats it."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"repeat with: {case!r}.run({device!r})")
+        raise
