@@ -10,6 +10,9 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
+fuzz: $(SETUP)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" -k any_call --fuzz 2000 tests/kernels
+
 lint: $(SETUP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -23,4 +26,4 @@ $(SETUP): setup.py constraints.txt
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks.inference
 
-.PHONY: demo test lint bench
+.PHONY: demo test fuzz lint bench

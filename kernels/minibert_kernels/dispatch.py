@@ -13,6 +13,7 @@ import torch
 from ._triton import AVAILABLE, triton
 
 BACKENDS = ("auto", "triton", "reference")
+REFERENCE = "reference.py"
 log = logging.getLogger("minibert_kernels")
 # decided when Triton was imported; a constant, because torch.compile does not trace the reading of an environment
 _INTERPRETING = AVAILABLE and triton.knobs.runtime.interpret
@@ -71,10 +72,23 @@ def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) 
     return False
 
 
-def explain(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """One line for `minibert info`: what `backend="auto"` does with tensors of `device`."""
-    reason = _missing(torch.device(device).type, dtype, False)
-    return "triton" if reason is None else f"reference ('triton' {reason})"
+def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
+    """What `backend="auto"` runs for `op` on tensors of `device`, why, and the file of each implementation."""
+    import minibert_kernels
+
+    kernel = f"{getattr(minibert_kernels, op).__module__}".replace("minibert_kernels.", "") + ".py"
+    if op not in minibert_kernels.TRITON_OPS:
+        return {
+            "runs": "reference",
+            "why": "has no kernel: it is for looking at",
+            "triton": None,
+            "reference": REFERENCE,
+        }
+    reason = f"is switched off by disabled({op!r})" if op in _disabled else None
+    reason = reason or _missing(torch.device(device).type, dtype, False)
+    why = "the device and dtype are supported" if reason is None else f"'triton' {reason}"
+    runs = "triton" if reason is None else "reference"
+    return {"runs": runs, "why": why, "triton": kernel, "reference": REFERENCE}
 
 
 def _missing(device_type: str, dtype: torch.dtype, interpret: bool) -> str | None:

@@ -2,7 +2,6 @@
 
 import platform
 from importlib import metadata
-from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,12 +115,7 @@ def info(
         **{name: version_of(name) for name in ("torch", "triton", "transformers")},
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
-        "ops": {
-            op: explain(device)
-            if "backend" in signature(getattr(minibert_kernels, op)).parameters
-            else "reference only"
-            for op in minibert_kernels.__all__
-        },
+        "ops": {op: explain(op, device) for op in minibert_kernels.__all__},
     }
     if directory or model:
         source = resolve_model(one_directory(directory, model))

@@ -74,9 +74,29 @@ def test_a_missing_triton_is_named_and_auto_does_without(monkeypatch):
 
 
 def test_explain_says_what_auto_does(compiled):
-    assert dispatch.explain("cuda") == "triton"
-    assert dispatch.explain("cpu") == "reference ('triton' needs CUDA tensors, got cpu)"
-    assert dispatch.explain("cuda", torch.float64).endswith("takes float32, float16, bfloat16, got float64)")
+    files = {"triton": "layer_norm.py", "reference": "reference.py"}
+    supported = {"runs": "triton", "why": "the device and dtype are supported"}
+    assert dispatch.explain("dropout_add_norm", "cuda") == supported | files
+    missing = {"runs": "reference", "why": "'triton' needs CUDA tensors, got cpu"}
+    assert dispatch.explain("dropout_add_norm", "cpu") == missing | files
+    why = dispatch.explain("attention", "cuda", torch.float64)["why"]
+    assert why == "'triton' takes float32, float16, bfloat16, got float64"
+    assert dispatch.explain("attention_probs", "cuda")["triton"] is None
+
+
+def test_an_op_that_is_switched_off_runs_its_reference_until_it_is_on_again(compiled):
+    with dispatch.disabled("attention"):
+        assert not dispatch.use_triton("attention", "triton", OnGpu())
+        assert dispatch.use_triton("dropout_add_norm", "triton", OnGpu())
+        with dispatch.disabled("dropout_add_norm"):
+            assert not dispatch.use_triton("attention", "auto", OnGpu())
+        assert dispatch.explain("attention", "cuda")["why"] == "'triton' is switched off by disabled('attention')"
+    assert dispatch.use_triton("attention", "auto", OnGpu())
+
+
+def test_an_op_without_a_kernel_cannot_be_switched_off():
+    with pytest.raises(ValueError, match="op='atention' is not one of attention, "), dispatch.disabled("atention"):
+        pass
 
 
 def test_the_ops_import_and_run_where_triton_is_missing_alone_of_minibert():

@@ -1,0 +1,208 @@
+"""The bytes that each op's kernels move, counted in the interpreter, against the least they could.
+
+    python -m minibert_kernels.traffic [--only PATTERN] [--json]
+
+Memory moves in sectors of 32 bytes. A sector counts as often as one program touches it; where several programs touch
+the same, it counts once, because the cache between them serves the others. So a weight vector that every program reads
+counts once, a row that its program reads twice counts twice, and a second kernel pays again. What torch does inside an
+op (sorting ids, adding partial sums) is not seen.
+
+The minimum reads each input and writes each output once. `saved` is what the op keeps for its backward beside its
+parameters, in bytes a token.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from . import attention, dropout_add_norm
+from ._triton import AVAILABLE
+from .dispatch import interpreting
+
+SECTOR = 32
+TOKENS, WIDTH = 256, 768  # what the row ops are counted at, in float16
+
+
+class Traffic:
+    """Sectors touched since it was made; `bytes` adds up the launches."""
+
+    def __init__(self):
+        self.launches, self._programs, self._program = [], [], None
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.launches)
+
+    def touch(self, program, pointers, mask) -> None:
+        if program != self._program:
+            self._close_program()
+            self._program = program
+        self._current.append(np.unique(pointers[mask] // SECTOR))
+
+    def _close_program(self) -> None:
+        if self._program is not None:
+            self._programs.append(np.unique(np.concatenate(self._current), return_counts=True))
+        self._program, self._current = None, []
+
+    def close_launch(self) -> None:
+        self._close_program()
+        if self._programs:
+            sectors, counts = (np.concatenate(column) for column in zip(*self._programs, strict=True))
+            order = np.lexsort((counts, sectors))  # the largest count of a sector is the last of its run
+            last = np.append(np.diff(sectors[order]) > 0, True)
+            self.launches.append(int(counts[order][last].sum()) * SECTOR)
+        self._programs = []
+
+
+@contextmanager
+def counted():
+    """A `Traffic` that sees every load and store of the kernels run inside."""
+    from triton.runtime import interpreter
+
+    traffic, builder, executor = Traffic(), interpreter.InterpreterBuilder, interpreter.GridExecutor
+    originals = builder.create_masked_load, builder.create_masked_store, executor.__call__
+
+    def load(self, ptrs, mask, *rest):
+        traffic.touch(self.grid_idx, ptrs.data, mask.data)
+        return originals[0](self, ptrs, mask, *rest)
+
+    def store(self, ptrs, value, mask, *rest):
+        traffic.touch(self.grid_idx, ptrs.data, mask.data)
+        return originals[1](self, ptrs, value, mask, *rest)
+
+    def launch(self, *args, **kwargs):
+        originals[2](self, *args, **kwargs)
+        traffic.close_launch()
+
+    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, launch
+    try:
+        yield traffic
+    finally:
+        builder.create_masked_load, builder.create_masked_store, executor.__call__ = originals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A call whose bytes are counted.
+
+    Args:
+        op: the public op. label: what tells cases of one op apart.
+        call: given the activations and parameters, returns the op's result.
+        activations, parameters: tensors; those of a floating dtype get a gradient.
+        forward, backward: the least bytes.
+        tokens: how many `saved` is divided by.
+    """
+
+    op: str
+    label: str = ""
+    call: Callable
+    activations: tuple
+    parameters: tuple = ()
+    forward: int
+    backward: int
+    tokens: int = TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """Bytes moved forward and backward, each over its minimum, and bytes saved a token."""
+
+    op: str
+    label: str
+    forward: int
+    forward_over_minimum: float
+    backward: int
+    backward_over_minimum: float
+    saved: float
+
+
+def count(case: Case) -> Count:
+    """Run a case forward and backward in the interpreter."""
+    tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in (*case.activations, *case.parameters)]
+    params, saved = {t.data_ptr() for t in tensors[len(case.activations) :]}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in params:
+            saved[tensor.data_ptr(), tensor.shape] = tensor.nbytes
+        return tensor
+
+    with counted() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = case.call(*tensors)
+    out = out[0] if isinstance(out, tuple) else out
+    with counted() as backward:
+        torch.autograd.grad(out, [t for t in tensors if t.requires_grad], torch.ones_like(out))
+    return Count(
+        op=case.op, label=case.label, saved=round(sum(saved.values()) / case.tokens, 1),
+        forward=forward.bytes, forward_over_minimum=round(forward.bytes / case.forward, 3),
+        backward=backward.bytes, backward_over_minimum=round(backward.bytes / max(case.backward, 1), 3),
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """A call of every op with a kernel, at the widths of BERT-base."""
+    generator = torch.Generator().manual_seed(0)
+
+    def half(*shape):
+        return torch.randn(shape, generator=generator).half()
+
+    def single(*shape):
+        return torch.randn(shape, generator=generator)
+
+    row = TOKENS * WIDTH * 2
+    x, vector = half(TOKENS, WIDTH), single(WIDTH)
+    found = [
+        Case(
+            op="dropout_add_norm", label="dropout",
+            call=lambda x, r, w, b: dropout_add_norm(x, r, w, b, dropout=0.1, backend="triton"),
+            activations=(x, half(TOKENS, WIDTH)), parameters=(vector, vector.clone()),
+            forward=4 * row, backward=4 * row,
+        ),
+    ]  # fmt: skip
+    for length in (128, 256):
+        heads, size = 2, 64
+        qkv = half(2 * length, 3, heads, size).unbind(1)
+        cuts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+        found.append(
+            Case(
+                op="attention", label=f"S={length}",
+                call=lambda q, k, v, cuts, n=length: attention(q, k, v, cuts, n, dropout=0.1, backend="triton"),
+                activations=(*qkv, cuts), forward=4 * qkv[0].nbytes, backward=8 * qkv[0].nbytes, tokens=2 * length,
+            )
+        )  # fmt: skip
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m minibert_kernels.traffic", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="PATTERN", help='of "op label"')
+    parser.add_argument("--json", action="store_true", help="one list of rows")
+    args = parser.parse_args()
+    if not AVAILABLE:
+        print("traffic: error: needs Triton's interpreter: install triton (Linux only)", file=sys.stderr)
+        return 2
+    if not interpreting():  # decided when Triton is imported
+        command = [sys.executable, "-m", "minibert_kernels.traffic", *sys.argv[1:]]
+        return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
+    rows = [count(case) for case in cases() if re.search(args.only, f"{case.op} {case.label}")]
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return 0
+    for row in rows:
+        print(
+            f"{row.op:22} {row.label:14} fwd {row.forward_over_minimum:.3f} x  bwd {row.backward_over_minimum:.3f} x  "
+            f"saved {row.saved:g} bytes a token"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""What holds for every op with a kernel, whatever it computes: one call of each is in the table at the top."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from harness import SEED, values_and_gradients
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import minibert_kernels
+from minibert_kernels import attention, dispatch, dropout_add_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def ints(*values, dtype=torch.int64):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op: shapes of the tensors that get a gradient, tensors that get none, and options."""
+
+    op: Callable
+    shapes: dict
+    fixed: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+    def tensors(self, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        drawn = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
+        return {name: t.to(DEVICE, dtype) for name, t in drawn.items()} | self.fixed
+
+    def run(self, backend="triton", dtype=torch.float32, op=None):
+        """Values and gradients by name."""
+        op, douts = op or self.op, [torch.tensor(1.5, device=DEVICE)] * 3
+
+        def call(**tensors):
+            return op(**tensors, **self.options, backend=backend)
+
+        def expanded(**tensors):
+            outs = call(**tensors)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            for i, out in enumerate(outs):
+                douts[i] = torch.linspace(-1, 1, max(out.numel(), 1), device=DEVICE)[: out.numel()].view(out.shape)
+            return outs
+
+        return values_and_gradients(expanded, self.tensors(dtype), douts)
+
+
+QKV = {"q": (13, 2, 16), "k": (13, 2, 16), "v": (13, 2, 16)}
+CUTS = {"cu_seqlens": ints(0, 5, 5, 13, dtype=torch.int32)}
+CALLS = {
+    "dropout_add_norm": Call(
+        dropout_add_norm, {"x": (9, 37), "residual": (9, 37), "weight": (37,), "bias": (37,)},
+        options={"dropout": 0.3, "seed": SEED, "prenorm": True},
+    ),
+    "attention": Call(attention, QKV, CUTS, {"max_seqlen": 8, "dropout": 0.3, "seed": SEED}),
+    "attention long": Call(attention, QKV, CUTS, {"max_seqlen": 140, "dropout": 0.3, "seed": SEED, "causal": True}),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CALLS)
+def call(request):
+    return CALLS[request.param]
+
+
+def test_every_op_with_a_kernel_is_in_the_table():
+    assert {call.op.__name__ for call in CALLS.values()} == set(minibert_kernels.TRITON_OPS)
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers the calls of our registered ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "minibert":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_registered_ops_pass_opcheck_forward_and_backward(call):
+    with Recorder() as recorder:
+        call.run()
+    assert len(recorder.calls) >= 2, "a forward and a backward op"
+    for i, (func, args) in enumerate(recorder.calls):
+        # the first is the forward; backward ops have no gradient of their own
+        args = (
+            a.detach().requires_grad_(i == 0 and a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+        )
+        torch.library.opcheck(func, tuple(args))
+
+
+def test_a_compiled_graph_gives_the_same_bits(call):
+    compiled = torch.compile(call.op, fullgraph=True, backend="aot_eager")
+    assert_equal(call.run(op=compiled), call.run())
+    torch._dynamo.reset()
+
+
+def test_an_exported_program_runs_the_op(call):
+    class Module(torch.nn.Module):
+        def forward(self, tensors):
+            return call.op(**tensors, **call.options, backend="triton")
+
+    tensors = call.tensors()
+    program = torch.export.export(Module(), (tensors,))
+    assert "minibert." in str(program.graph)
+    ours, plain = program.module()(tensors), Module()(tensors)
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_fake_tensors_get_shapes_strides_and_dtypes_of_the_real_ones(call):
+    def describe(results):
+        return {name: (t.shape, t.stride(), t.dtype) for name, t in results.items()}
+
+    real = call.run(dtype=torch.float16)
+    with FakeTensorMode() as mode:
+        fixed = {name: mode.from_tensor(t) for name, t in call.fixed.items()}
+        fake = Call(call.op, call.shapes, fixed, call.options).run(dtype=torch.float16)
+    assert describe(fake) == describe(real)
+
+
+def test_activation_checkpointing_gives_the_same_bits(call):
+    def checkpointed(**arguments):
+        return checkpoint(call.op, **arguments, use_reentrant=False)
+
+    assert_equal(call.run(op=checkpointed), call.run())
+
+
+def test_inference_mode_gives_the_same_bits(call):
+    plain = call.op(**call.tensors(), **call.options, backend="triton")
+    with torch.inference_mode():
+        ours = call.op(**call.tensors(), **call.options, backend="triton")
+    torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_under_autocast_gradients_keep_the_dtype_of_the_parameters(call):
+    with torch.autocast(DEVICE, torch.float16):
+        results = call.run()
+    for name in call.shapes:
+        assert results[f"d{name}"].dtype == torch.float32
+        assert results[f"d{name}"].isfinite().all()
+
+
+def test_the_same_call_gives_the_same_bits_every_time(call):
+    first = call.run()
+    for _ in range(249 if DEVICE == "cuda" else 19):  # the interpreter runs programs one after another
+        assert_equal(call.run(), first)
+
+
+def test_an_op_that_is_switched_off_runs_its_reference(call):
+    reference = call.run(backend="reference")
+    with dispatch.disabled(call.op.__name__):
+        assert_equal(call.run(), reference)
+    with Recorder() as recorder:
+        call.run()
+    assert recorder.calls
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is off where there is a GPU")
+def test_offsets_beyond_2_31_elements_give_the_same_bits(call, tmp_path):
+    far = 2**30 + 16
+    size = far * 20 + 2**20
+    memory = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
+    near = call.run(dtype=torch.float16)
+
+    def distant(**tensors):
+        moved = {}
+        for i, (name, t) in enumerate(tensors.items()):
+            moved[name] = t
+            if name in call.shapes and t.ndim > 1:
+                strides = (far, *torch.empty(t.shape[1:]).stride())
+                view = memory.as_strided(t.shape, strides, storage_offset=4096 * i)
+                view.copy_(t.detach())
+                moved[name] = Far.apply(t, view)
+        return call.op(**moved)
+
+    assert_equal(call.run(dtype=torch.float16, op=distant), near)
+    os.truncate(tmp_path / "holes", 0)
+
+
+class Far(torch.autograd.Function):
+    """The same values elsewhere in memory; the gradient comes back as it is."""
+
+    @staticmethod
+    def forward(ctx, x, view):
+        return view.detach()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout, None
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_a_new_seed(call):
+    seed = torch.tensor(1, device="cuda")
+    options = call.options | ({"seed": seed} if "seed" in call.options else {})
+    tensors = call.tensors()
+
+    def step():
+        return call.op(**tensors, **options, backend="triton")
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in (1, 2):
+        seed.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(captured, step(), rtol=0, atol=0)
