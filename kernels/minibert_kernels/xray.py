@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import minibert_kernels
 
 from ._triton import AVAILABLE, triton
 from .attention import aot_cases as attention_cases
@@ -113,26 +116,47 @@ def _compile_numbered(work):
     return compile_case(cases(arch, only)[index], arch)
 
 
-def table(rows: list[Row], markdown: bool = False) -> str:
-    """The rows as text, or as a Markdown table with an architecture's registers / shared memory a column."""
-    if not markdown:
-        header = ("op", "case", "sm", "warps", "stages", "registers", "spills", "stack", "shared", "matrix")
-        cells = [(r.op, f"{r.direction} {r.label}", r.arch, r.num_warps, r.num_stages, r.registers, r.spills, r.stack,
-                  r.shared, " ".join(f"{n} {kind}" for kind, n in r.matrix.items()) or "-") for r in rows]  # fmt: skip
-        widths = [max(len(str(row[i])) for row in (header, *cells)) for i in range(len(header))]
-        return "\n".join(
-            "  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)) for row in (header, *cells)
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    header = ("op", "case", "sm", "warps", "stages", "registers", "spills", "stack", "shared", "matrix")
+    cells = [(r.op, f"{r.direction} {r.label}", r.arch, r.num_warps, r.num_stages, r.registers, r.spills, r.stack,
+              r.shared, _matrix_text(r)) for r in rows]  # fmt: skip
+    widths = [max(len(str(row[i])) for row in (header, *cells)) for i in range(len(header))]
+    return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)) for row in (header, *cells))
+
+
+def markdown(rows: list[Row], counts: list[dict]) -> str:
+    """The tables of kernels/README.md: bytes an op (`traffic`), and what became of each plan on each architecture."""
+    lines = ["| op | case | file | lines | fwd bytes / minimum | bwd bytes / minimum | saved bytes a token |"]
+    lines.append("|---" * 7 + "|")
+    for c in counts:
+        file = Path(sys.modules[getattr(minibert_kernels, c["op"]).__module__].__file__)
+        lines.append(
+            f"| `{c['op']}` | {c['label'] or '–'} | `{file.name}` | {len(file.read_text().splitlines())} "
+            f"| {c['forward_over_minimum']:.3f} | {c['backward_over_minimum'] or '–'} | {c['saved']:g} |"
         )
     architectures = sorted({r.arch for r in rows})
     found = {}
     for r in rows:
-        found.setdefault((r.op, f"{r.direction}, {r.label}", r.kernel), {})[r.arch] = f"{r.registers} / {r.shared}"
-    lines = ["| op | plan | kernel | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |"]
+        cell = f"{r.registers} / {r.spills} / {r.shared}" + (f" / {_matrix_text(r)}" if r.matmul else "")
+        found.setdefault((r.op, f"{r.direction}, {r.label}", r.kernel), {})[r.arch] = cell
+    lines += ["", "| op | plan | kernel | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |"]
     lines.append("|---" * (3 + len(architectures)) + "|")
     for (op, plan, kernel), by_arch in found.items():
         numbers = " | ".join(by_arch.get(arch, "–") for arch in architectures)
         lines.append(f"| `{op}` | {plan} | `{kernel}` | {numbers} |")
     return "\n".join(lines)
+
+
+def _matrix_text(row: Row) -> str:
+    return " ".join(f"{n} {kind}" for kind, n in row.matrix.items()) or "-"
+
+
+def _counts() -> list[dict]:
+    """What `traffic` counts, in a process of its own: the interpreter is decided when Triton is imported."""
+    command = [sys.executable, "-m", "minibert_kernels.traffic", "--json"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def main() -> int:
@@ -142,7 +166,9 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="compile with this many")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="one list of rows")
-    output.add_argument("--markdown", action="store_true", help="the table of kernels/README.md")
+    output.add_argument(
+        "--markdown", action="store_true", help="the tables of kernels/README.md, with the bytes that `traffic` counts"
+    )
     args = parser.parse_args()
     if not AVAILABLE or interpreting():
         reason = "unset TRITON_INTERPRET" if AVAILABLE else "install triton (Linux only)"
@@ -152,7 +178,7 @@ def main() -> int:
     if args.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
     else:
-        print(table(rows, args.markdown))
+        print(markdown(rows, _counts()) if args.markdown else table(rows))
     faults = [fault for row in rows for fault in row.faults()]
     for fault in faults:
         print(f"xray: error: {fault}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,9 +79,20 @@ def test_tables_have_a_line_a_row_and_a_column_an_architecture():
     ]  # fmt: skip
     text = xray.table(rows).splitlines()
     assert len(text) == 5 and " ".join(text[1].split()) == "attention fwd d=64 80 4 2 81 0 0 512 8 HMMA"
-    assert xray.table(rows, markdown=True).splitlines() == [
+    counts = [
+        {
+            "op": "attention",
+            "label": "S=128",
+            "forward_over_minimum": 1.008,
+            "backward_over_minimum": 1,
+            "saved": 1032.0,
+        }
+    ]
+    ops, plans = (part.splitlines() for part in xray.markdown(rows, counts).split("\n\n"))
+    assert re.fullmatch(r"\| `attention` \| S=128 \| `attention.py` \| \d+ \| 1.008 \| 1 \| 1032 \|", ops[2])
+    assert plans == [
         "| op | plan | kernel | sm_80 | sm_120 |",
         "|---|---|---|---|---|",
-        "| `attention` | fwd, d=64 | `_fwd_kernel` | 81 / 512 | 121 / 512 |",
-        "| `attention` | bwd, d=64 | `_bwd_kernel` | 81 / 512 | 121 / 512 |",
+        "| `attention` | fwd, d=64 | `_fwd_kernel` | 81 / 0 / 512 / 8 HMMA | 121 / 0 / 512 / 8 HMMA |",
+        "| `attention` | bwd, d=64 | `_bwd_kernel` | 81 / 0 / 512 / 8 HMMA | 121 / 0 / 512 / 8 HMMA |",
     ]

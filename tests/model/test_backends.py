@@ -12,6 +12,7 @@ from small import build, gradients, mlm_labels, packed, padded
 
 from minibert.batch import IGNORE
 from minibert.model import BertForPreTraining, BertModel
+from minibert.train.optim import adamw
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the device here")
@@ -86,6 +87,28 @@ def test_the_kernels_in_the_interpreter_match_the_reference(train):
     a, b = gradients(reference), gradients(kernels)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@WITHOUT_GPU
+def test_32_steps_of_training_on_the_kernels_follow_the_reference():
+    runs = []
+    for backend in ("reference", "triton"):
+        model = build(BertForPreTraining, train=True, backend=backend, num_hidden_layers=1, initializer_range=0.1)
+        optimizer, losses = adamw(model, lr=1e-3), []
+        for step in range(32):
+            loss = model(labelled(((7, 1, 5), (3, 4), (8, 2))[step % 3]), seed=step).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        runs.append((torch.stack(losses), dict(model.named_parameters())))
+    (expected, reference), (losses, kernels) = runs
+    assert losses[-3:].mean() < losses[:3].mean() - 0.5, "it learns"
+    torch.testing.assert_close(losses, expected, rtol=2e-5, atol=0)
+    for name in reference:
+        # a gradient of almost 0 may have either sign, and AdamW makes a whole step of either
+        difference = (kernels[name] - reference[name]).abs()
+        assert difference.max() < 1e-3 and difference.mean() < 1e-5, name
 
 
 @WITHOUT_GPU
