@@ -118,15 +118,34 @@ def norm_plan(cols: int, direction: str) -> NormPlan:
     )  # fmt: skip
 
 
+def gelu_plan(cols: int, direction: str) -> NormPlan:
+    """The plan of the activations, "fwd" or "bwd": tiles of 512 columns, or all of fewer, 16 elements a thread
+    forward and 8 backward.
+
+    Backward is a grid of strips of rows, and adds partial sums of the bias gradient, so it fills each multiprocessor
+    with no more than two programs.
+    """
+    block_n = min(512, max(16, 1 << (cols - 1).bit_length()))
+    num_warps, elements = (4, 512) if direction == "fwd" else (8, 256)
+    return NormPlan(
+        block_m=max(1, num_warps * elements // block_n), block_n=block_n, num_warps=num_warps,
+        programs_per_sm=0 if direction == "fwd" else 2,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d."""
+    """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d.
+
+    programs_per_sm: of the grid that walks over a schedule; 0 for a program a tile.
+    """
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
+    programs_per_sm: int = 0
 
 
 # (block_m, block_n, num_warps) for head sizes up to 64 and up to 128: the largest tiles found that spill no register
@@ -140,25 +159,67 @@ ATTENTION_TILES = {
     ("sm_100", "fwd"): ((64, 64, 4), (128, 64, 8)),
     ("sm_100", "dq"): ((64, 64, 4), (64, 64, 8)),
     ("sm_100", "dkdv"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_80", "dbias"): ((64, 32, 4), (64, 32, 8)),
+    ("sm_90", "dbias"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_100", "dbias"): ((64, 64, 4), (64, 64, 8)),
+    ("float32", "dbias"): ((16, 32, 4), (16, 16, 8)),
     ("float32", "fwd"): ((16, 32, 4), (16, 32, 8)),
     ("float32", "dq"): ((16, 32, 4), (16, 16, 8)),
     ("float32", "dkdv"): ((32, 32, 8), (16, 32, 8)),
 }
 
 
+# the longest sequences of the short form, likewise: up to there its kernels spill no register
+ATTENTION_SHORT_LENGTHS = {
+    ("sm_80", "fwd"): (128, 64),
+    ("sm_80", "bwd"): (32, 16),
+    ("sm_90", "fwd"): (128, 128),
+    ("sm_90", "bwd"): (128, 64),
+    ("sm_100", "fwd"): (128, 128),
+    ("sm_100", "bwd"): (128, 64),
+    ("float32", "fwd"): (32, 16),
+    ("float32", "bwd"): (32, 16),
+}
+
+
 def attention_plan(
     head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str
 ) -> AttentionPlan:  # fmt: skip
-    """The plan of one of attention's kernels, "fwd", "dq" or "dkdv"; no tile is longer than the longest sequence.
+    """The plan of a kernel of attention's long form; no tile is longer than the longest sequence.
 
     Args:
         element_size: bytes of an element of q; 4 has no matrix unit that keeps its precision.
         capability: of the GPU, 80 and up; consumer Blackwell, 120, has the matrix instructions of Ampere.
+        direction: "fwd", "dq", "dkdv" or "dbias".
     """
-    chip = {9: "sm_90", 10: "sm_100"}.get(capability // 10, "sm_80") if element_size == 2 else "float32"
+    chip = _attention_chip(element_size, capability)
     block_m, block_n, num_warps = ATTENTION_TILES[chip, direction][head_size > 64]
-    block_d, longest = (max(16, 1 << (n - 1).bit_length()) for n in (head_size, max_seqlen))
+    block_d, longest = _block(head_size), _block(max_seqlen)
     return AttentionPlan(
         block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=block_d,
         num_warps=num_warps if longest >= min(block_m, block_n) else 4, num_stages=2 if element_size == 2 else 1,
+        programs_per_sm=16 // num_warps,
     )  # fmt: skip
+
+
+def attention_short_plan(
+    head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str
+) -> AttentionPlan | None:  # fmt: skip
+    """The plan of the short form's "fwd" or "bwd" kernel, or None where the long form runs; arguments as above."""
+    chip = _attention_chip(element_size, capability)
+    block_s, block_d = _block(max_seqlen), _block(head_size)
+    if block_s > ATTENTION_SHORT_LENGTHS[chip, direction][head_size > 64]:
+        return None
+    if direction == "bwd" and block_s >= 64:
+        block_d = max(block_d, 64)  # it is the rows of dqᵀ: a matrix instruction of sm_90 and sm_100 has 64
+    return AttentionPlan(
+        block_m=block_s, block_n=block_s, block_d=block_d, num_warps=8 if block_s == 128 else 4, num_stages=1
+    )
+
+
+def _attention_chip(element_size, capability):
+    return {9: "sm_90", 10: "sm_100"}.get(capability // 10, "sm_80") if element_size == 2 else "float32"
+
+
+def _block(size):
+    return max(16, 1 << (size - 1).bit_length())

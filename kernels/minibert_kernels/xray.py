@@ -27,11 +27,12 @@ import minibert_kernels
 from ._triton import AVAILABLE, triton
 from .attention import aot_cases as attention_cases
 from .dispatch import interpreting
+from .gelu import aot_cases as gelu_cases
 from .launch import FP_FUSION, AotCase
 from .layer_norm import aot_cases as layer_norm_cases
 
 ARCHITECTURES = (80, 90, 100, 120)
-CASES = (attention_cases, layer_norm_cases)
+CASES = (attention_cases, gelu_cases, layer_norm_cases)
 # the mnemonic with which each architecture multiplies matrices at full speed
 MATRIX_KIND = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
