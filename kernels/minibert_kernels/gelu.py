@@ -72,24 +72,25 @@ def _bias_act_bwd_kernel(
     col = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     value_col, in_row = col + n_cols, col < n_cols
     width = n_cols * 2 if GATED else n_cols
+    bias, value_bias = 0.0, 0.0
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            value_bias = tl.load(bias_ptr + value_col, mask=in_row, other=0.0).to(tl.float32)[None, :]
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dvalue_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(strip, tl.cdiv(n_rows, BLOCK_M), strips):
         row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         in_tile = (row < n_rows)[:, None] & in_row[None, :]
         x = x_ptr + row[:, None] * stride_x_row + col[None, :] * stride_x_col
-        z = tl.load(x, mask=in_tile, other=0.0).to(tl.float32)
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
+        z = tl.load(x, mask=in_tile, other=0.0).to(tl.float32) + bias
         dout = dout_ptr + row[:, None] * stride_dout_row + col[None, :] * stride_dout_col
         dz = tl.load(dout, mask=in_tile, other=0.0).to(tl.float32)
         dx = dx_ptr + row[:, None] * width
         act, slope = _act_and_slope(z, ACT)
         if GATED:
             x = x_ptr + row[:, None] * stride_x_row + value_col[None, :] * stride_x_col
-            value = tl.load(x, mask=in_tile, other=0.0).to(tl.float32)
-            if bias_ptr is not None:
-                value += tl.load(bias_ptr + value_col, mask=in_row, other=0.0).to(tl.float32)[None, :]
+            value = tl.load(x, mask=in_tile, other=0.0).to(tl.float32) + value_bias
             dvalue = dz * act
             dvalue_sum += dvalue
             tl.store(dx + value_col[None, :], dvalue.to(dx_ptr.dtype.element_ty), mask=in_tile)

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from . import attention, dropout_add_norm
+from . import attention, bias_geglu, bias_gelu, bias_swiglu, dropout_add_norm
 from ._triton import AVAILABLE
 from .dispatch import interpreting
 
@@ -167,6 +167,15 @@ def cases() -> list[Case]:
             forward=4 * row, backward=4 * row,
         ),
     ]  # fmt: skip
+    for op, width in ((bias_gelu, WIDTH), (bias_geglu, 2 * WIDTH), (bias_swiglu, 2 * WIDTH)):
+        wide = row * width // WIDTH
+        found.append(
+            Case(
+                op=op.__name__, call=lambda x, b, op=op: op(x, b, backend="triton"),
+                activations=(half(TOKENS, width),), parameters=(single(width),),
+                forward=wide + row, backward=2 * wide + row,
+            )
+        )  # fmt: skip
     for length in (128, 256):
         heads, size = 2, 64
         qkv = half(2 * length, 3, heads, size).unbind(1)

@@ -55,7 +55,7 @@ class PostNormBlock(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, position: Position, maps: list[Tensor] | None = None) -> Tensor:
         x = self.attention_norm(self.attention(x, ctx, position, maps), ctx, residual=x)
-        return self.ffn_norm(self.ffn(x), ctx, residual=x)
+        return self.ffn_norm(self.ffn(x, ctx), ctx, residual=x)
 
 
 BLOCKS = {"post": PostNormBlock}

@@ -1,12 +1,24 @@
 """The feed-forward slot: [T, D] to [T, D]."""
 
+from collections.abc import Callable
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert_kernels import bias_geglu, bias_gelu, bias_swiglu
+from minibert_kernels.dispatch import use_triton
 
 from ..config import BertConfig
+from .context import Context
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
+def activated(op: Callable, linear: nn.Linear, x: Tensor, ctx: Context, **options) -> Tensor:
+    """op(linear(x)): a kernel adds the bias itself and sums its gradient on the way, else the product does."""
+    if use_triton(op.__name__, ctx.backend, x):
+        return op(F.linear(x, linear.weight), linear.bias, **options, backend=ctx.backend)
+    return op(linear(x), None, **options, backend="reference")
 
 
 class MLP(nn.Module):
@@ -18,8 +30,8 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(bias_gelu(self.up(x), None, approximate=self.approximate))
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.down(activated(bias_gelu, self.up, x, ctx, approximate=self.approximate))
 
 
 class GeGLU(nn.Module):
@@ -31,18 +43,15 @@ class GeGLU(nn.Module):
         self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gate(self.up(x)))
-
-    def gate(self, x: Tensor) -> Tensor:
-        return bias_geglu(x, None, approximate=self.approximate)
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.down(activated(bias_geglu, self.up, x, ctx, approximate=self.approximate))
 
 
 class SwiGLU(GeGLU):
     """down(silu(a) * b), where up(x) = [a, b] (Shazeer, 2020)."""
 
-    def gate(self, x: Tensor) -> Tensor:
-        return bias_swiglu(x, None)
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return self.down(activated(bias_swiglu, self.up, x, ctx))
 
 
 FFNS = {"mlp": MLP, "geglu": GeGLU, "swiglu": SwiGLU}

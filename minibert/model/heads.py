@@ -12,7 +12,7 @@ from ..batch import IGNORE, Batch
 from ..config import BertConfig
 from .context import Context, Output
 from .encoder import SITES, Bert, BertModel, enter, initialise, leave
-from .ffn import APPROXIMATE
+from .ffn import APPROXIMATE, activated
 from .losses import check_classes, check_shape, classification_loss, cross_entropy
 from .norm import NORMS
 
@@ -28,7 +28,7 @@ class MLMHead(nn.Module):
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def transform(self, x: Tensor, ctx: Context) -> Tensor:
-        return self.norm(bias_gelu(self.dense(x), None, approximate=self.approximate), ctx)
+        return self.norm(activated(bias_gelu, self.dense, x, ctx, approximate=self.approximate), ctx)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """[N, D] to logits [N, V]."""

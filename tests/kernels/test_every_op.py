@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import minibert_kernels
-from minibert_kernels import attention, dispatch, dropout_add_norm
+from minibert_kernels import attention, bias_geglu, bias_gelu, bias_swiglu, dispatch, dropout_add_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,6 +59,9 @@ CALLS = {
         dropout_add_norm, {"x": (9, 37), "residual": (9, 37), "weight": (37,), "bias": (37,)},
         options={"dropout": 0.3, "seed": SEED, "prenorm": True},
     ),
+    "bias_gelu": Call(bias_gelu, {"x": (9, 37), "bias": (37,)}),
+    "bias_geglu": Call(bias_geglu, {"x": (9, 38), "bias": (38,)}, options={"approximate": "tanh"}),
+    "bias_swiglu": Call(bias_swiglu, {"x": (9, 38), "bias": (38,)}),
     "attention": Call(attention, QKV, CUTS, {"max_seqlen": 8, "dropout": 0.3, "seed": SEED}),
     "attention long": Call(attention, QKV, CUTS, {"max_seqlen": 140, "dropout": 0.3, "seed": SEED, "causal": True}),
 }  # fmt: skip

@@ -216,14 +216,14 @@ def test_every_combination_of_parts_trains(norm, ffn, act):
 def test_parts_compute_what_their_names_say():
     x = torch.randn(7, 24)
     config = small_config()
+    ctx = BertModel(config).eval().context(packed(padded((7,))), None)
     gate, value = (mlp := FFNS["geglu"](config)).up(x).chunk(2, -1)
-    torch.testing.assert_close(mlp(x), mlp.down(torch.nn.functional.gelu(gate) * value))
+    torch.testing.assert_close(mlp(x, ctx), mlp.down(torch.nn.functional.gelu(gate) * value))
     gate, value = (mlp := FFNS["swiglu"](config)).up(x).chunk(2, -1)
-    torch.testing.assert_close(mlp(x), mlp.down(gate * gate.sigmoid() * value))
+    torch.testing.assert_close(mlp(x, ctx), mlp.down(gate * gate.sigmoid() * value))
     for act, approximate in (("gelu", "none"), ("gelu_tanh", "tanh")):
         mlp = FFNS["mlp"](small_config(hidden_act=act))
-        torch.testing.assert_close(mlp(x), mlp.down(torch.nn.functional.gelu(mlp.up(x), approximate=approximate)))
-    ctx = BertModel(config).eval().context(packed(padded((7,))), None)
+        torch.testing.assert_close(mlp(x, ctx), mlp.down(torch.nn.functional.gelu(mlp.up(x), approximate=approximate)))
     expected = torch.nn.functional.layer_norm(x + 1, (24,), eps=1e-12)
     torch.testing.assert_close(NORMS["layernorm"](config)(x, ctx, residual=torch.ones(7, 24)), expected)
     rms = (x + 1) / (x + 1).pow(2).mean(-1, keepdim=True).sqrt()
