@@ -4,16 +4,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import BACKWARD, FORWARD, assert_as_accurate
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from harness import DTYPES, LAYOUTS, SEED, arrange, check, repeat_with, values_and_gradients
+from tolerance import assert_as_accurate
 
 from minibert_kernels import layer_norm, philox, reference
 from minibert_kernels.layer_norm import dropout_add_norm
 
-SEED = 0x1234_5678_9ABC
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
-LAYOUTS = ("contiguous", "wide rows", "misaligned", "transposed", "every second column", "one row expanded")
+NAMES = ("x", "residual", "weight", "bias")
 
 
 def eager(x, residual, weight, bias, *, dropout=0.0, seed=0, rows=None, eps=1e-12, kind="layernorm", prenorm=False):
@@ -35,39 +32,12 @@ def eager(x, residual, weight, bias, *, dropout=0.0, seed=0, rows=None, eps=1e-1
 
 
 def kernel(*tensors, **options):
-    return dropout_add_norm(*tensors, backend="triton", **options)
+    return dropout_add_norm(*tensors, **options, backend="triton")
 
 
-def values_and_gradients(op, tensors, douts, **options):
-    """{name: tensor} of what op returns and of the gradient of every tensor that is not None."""
-    tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    outs = op(*tensors, **options)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    wanted = {
-        name: t for name, t in zip(("dx", "dresidual", "dweight", "dbias"), tensors, strict=True) if t is not None
-    }
-    grads = torch.autograd.grad(outs, list(wanted.values()), [d.to(o.dtype) for d, o in zip(douts, outs, strict=False)])
-    return dict(zip(("out", "total"), outs, strict=False)) | dict(zip(wanted, grads, strict=True))
-
-
-def check(draws, **options):
-    """Hold the kernel to the tolerance on [(tensors, douts)], whose results are pooled."""
-    ours = pooled(kernel, draws, **options)
-    torchs = pooled(eager, draws, **options)
-    exact = pooled(reference.dropout_add_norm, draws, wide=True, **options)
-    assert ours.keys() == exact.keys()
-    for name in ours:
-        factor = BACKWARD if name.startswith("d") else FORWARD
-        assert_as_accurate(ours[name], torchs[name], exact[name], factor=factor, name=name)
-
-
-def pooled(op, draws, wide=False, **options):
-    results = []
-    for tensors, douts in draws:
-        if wide:
-            tensors, douts = [None if t is None else t.double() for t in tensors], [d.double() for d in douts]
-        results.append(values_and_gradients(op, tensors, douts, **options))
-    return {name: torch.stack([r[name] for r in results]) for name in results[0]}
+def run(op, tensors, douts, **options):
+    """`values_and_gradients` of (x, residual, weight, bias)."""
+    return values_and_gradients(op, dict(zip(NAMES, tensors, strict=True)), douts, **options)
 
 
 @dataclass(frozen=True)
@@ -114,11 +84,8 @@ class Case:
         # the largest error of a few elements is luck: many draws of them
         draws = [self.inputs(device, generator) for _ in range(1 if self.shape[-1] >= 16 else 12)]
         options = {"dropout": self.dropout, "seed": self.seed, "rows": rows, "eps": self.eps, "kind": self.kind}
-        try:
-            check(draws, prenorm=self.prenorm, **options)
-        except BaseException as error:
-            error.add_note(f"repeat with: {self!r}.run({device!r})")
-            raise
+        with repeat_with(self, device):
+            check(kernel, eager, reference.dropout_add_norm, draws, prenorm=self.prenorm, **options)
 
     def inputs(self, device, generator):
         def normal(shape, dtype, layout="contiguous"):
@@ -130,29 +97,13 @@ class Case:
             residual = normal(self.shape, self.residual_dtype, self.layouts[1])
         weight = normal(self.shape[-1:], self.param_dtype)
         bias = normal(self.shape[-1:], self.param_dtype) if self.bias else None
-        return (x, residual, weight, bias), [normal(self.shape, self.dtype, self.layouts[2])] * (1 + self.prenorm)
+        return dict(zip(NAMES, (x, residual, weight, bias), strict=True)), [
+            normal(self.shape, self.dtype, self.layouts[2])
+        ] * (1 + self.prenorm)
 
 
-def arrange(x, layout):
-    """The values of x (of its first row, for the expanded layout) in other strides."""
-    if x.ndim < 2 or layout == "contiguous":
-        return x
-    if layout == "one row expanded":
-        return x[(slice(1),) * (x.ndim - 1)].expand(x.shape)
-    wide = x.new_full((*x.shape[:-1], x.shape[-1] * 2 + 16), float("nan"))
-    if layout == "transposed":
-        return x.mT.contiguous().mT
-    if layout == "every second column":
-        view = wide[..., : 2 * x.shape[-1] : 2]
-    else:
-        offset = 8 if layout == "wide rows" else 1
-        view = wide[..., offset : offset + x.shape[-1]]
-    return view.copy_(x)
-
-
-@pytest.mark.parametrize("seed", range(130))
-def test_any_call_is_as_accurate_as_torch(seed, device, poisoned):
-    Case.draw(seed).run(device)
+def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
+    Case.draw(fuzz_seed).run(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,9 +137,9 @@ def test_the_same_call_gives_the_same_bits_250_times(device):
     rows = 9 if device == "cpu" else 4099
     tensors = inputs(device, rows, 37)
     dout = torch.randn(rows, 37, device=device)
-    first = values_and_gradients(kernel, tensors, [dout], dropout=0.1, seed=SEED)
+    first = run(kernel, tensors, [dout], dropout=0.1, seed=SEED)
     for _ in range(249):
-        again = values_and_gradients(kernel, tensors, [dout], dropout=0.1, seed=SEED)
+        again = run(kernel, tensors, [dout], dropout=0.1, seed=SEED)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -282,9 +233,9 @@ def test_offsets_beyond_2_31_elements_are_right_in_the_interpreter(tmp_path):
     for strides in ((far, 1), (1, far)):
         spread = memory.as_strided((3, 3), strides).copy_(x)
         options = {"dropout": 0.5, "prenorm": True}
-        near = values_and_gradients(kernel, (x, residual, weight, bias), (x, x), **options)
-        distant = values_and_gradients(kernel, (spread, spread, weight, bias), (spread, spread), **options)
-        both = values_and_gradients(kernel, (x, x, weight, bias), (x, x), **options)
+        near = run(kernel, (x, residual, weight, bias), (x, x), **options)
+        distant = run(kernel, (spread, spread, weight, bias), (spread, spread), **options)
+        both = run(kernel, (x, x, weight, bias), (x, x), **options)
         assert all(torch.equal(distant[name], both[name]) for name in both)
         assert not torch.equal(near["out"], both["out"])
 
@@ -296,23 +247,10 @@ def test_offsets_beyond_2_31_elements_are_right_on_a_gpu(dtype):
     x = torch.randn(rows, cols, device="cuda", dtype=dtype)
     weight, bias = torch.randn(2, cols, device="cuda")
     ids = torch.arange(rows, device="cuda")
-    full = values_and_gradients(kernel, (x, x, weight, bias), (x,), dropout=0.1, rows=ids)
+    full = run(kernel, (x, x, weight, bias), (x,), dropout=0.1, rows=ids)
     last = slice(-9, None)
-    few = values_and_gradients(kernel, (x[last], x[last], weight, bias), (x[last],), dropout=0.1, rows=ids[last])
+    few = run(kernel, (x[last], x[last], weight, bias), (x[last],), dropout=0.1, rows=ids[last])
     assert all(torch.equal(full[name][last], few[name]) for name in ("out", "dx", "dresidual"))
-
-
-def test_the_registered_ops_pass_opcheck(device):
-    x, residual, weight, bias = inputs(device, 5, 37)
-    seed, rows = torch.tensor(3, device=device), torch.arange(5, device=device)
-    forward, backward = layer_norm._forward, layer_norm._backward
-    for kind, dropout, other in (("layernorm", 0.5, residual), ("rmsnorm", 0.0, None)):
-        torch.library.opcheck(forward, (x, other, weight, bias, seed, rows, dropout, 1e-12, kind))
-        _, total, mean, rstd = (t.detach() for t in forward(x, other, weight, bias, seed, rows, dropout, 1e-12, kind))
-        total = total if total.numel() else x.detach()
-        dtype = None if other is None else torch.float32
-        arguments = (x.detach(), total, total, mean, rstd, weight.detach(), seed, rows, dropout, kind, dtype)
-        torch.library.opcheck(backward, arguments)
 
 
 @pytest.mark.parametrize("kind", layer_norm.KINDS)
@@ -322,19 +260,6 @@ def test_the_reference_passes_gradcheck_with_dropout(kind):
         assert torch.autograd.gradcheck(
             lambda *t, p=dropout: reference.dropout_add_norm(*t, dropout=p, seed=4, kind=kind, prenorm=True), tensors
         )
-
-
-@pytest.mark.parametrize("prenorm", [False, True])
-def test_a_compiled_graph_gives_the_same_bits(prenorm, device):
-    tensors = inputs(device, 5, 37)
-    compiled = torch.compile(kernel, fullgraph=True, backend="aot_eager")
-    douts = [torch.randn(5, 37, device=device) for _ in range(1 + prenorm)]
-    for seed in (3, 4, torch.tensor(3, device=device)):
-        options = {"dropout": 0.5, "seed": seed, "prenorm": prenorm}
-        graph = values_and_gradients(compiled, tensors, douts, **options)
-        plain = values_and_gradients(kernel, tensors, douts, **options)
-        assert all(torch.equal(graph[name], plain[name]) for name in plain)
-    torch._dynamo.reset()
 
 
 def test_the_default_backend_compiles_to_one_graph(device):
@@ -355,41 +280,6 @@ def test_under_autocast_the_output_has_the_dtype_of_x(device):
     assert out.dtype == torch.float16
     assert linear.weight.grad.dtype == residual.grad.dtype == weight.grad.dtype == torch.float32
     torch.testing.assert_close(out, exact, atol=4e-3, rtol=2e-3)  # the kernel rounds the sum to float16
-
-
-def test_an_exported_program_runs_the_op(device):
-    class Norm(torch.nn.Module):
-        def forward(self, x, residual, weight, bias):
-            return kernel(x, residual, weight, bias, dropout=0.5, seed=3)
-
-    tensors = tuple(t.detach() for t in inputs(device, 5, 37))
-    program = torch.export.export(Norm(), tensors)
-    assert "minibert.dropout_add_norm_fwd" in str(program.graph)
-    assert torch.equal(program.module()(*tensors), Norm()(*tensors))
-
-
-def test_fake_tensors_get_shapes_strides_and_dtypes_of_the_real_ones(device):
-    def run(make):
-        x = make((13, 5, 37), dtype=torch.float16, requires_grad=True)
-        residual = make((37, 13, 5)).movedim(0, -1)
-        out, total = kernel(x, residual, make(37), make(37), dropout=0.5, prenorm=True)
-        (dx,) = torch.autograd.grad(out.sum() + total.sum(), x)
-        return [(t.shape, t.stride(), t.dtype) for t in (out, total, dx)]
-
-    with FakeTensorMode():
-        fake = run(lambda *a, **k: torch.zeros(*a, device=device, **k))
-    assert fake == run(lambda *a, **k: torch.zeros(*a, device=device, **k))
-
-
-def test_activation_checkpointing_draws_the_same_mask(device):
-    tensors = inputs(device, 5, 37)
-    dout = torch.randn(5, 37, device=device)
-
-    def checkpointed(*tensors, **options):
-        return checkpoint(lambda *t: kernel(*t, **options), *tensors, use_reentrant=False)
-
-    ours, plain = (values_and_gradients(op, tensors, [dout], dropout=0.5, seed=3) for op in (checkpointed, kernel))
-    assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
 def test_the_gradient_of_dx_is_dresidual_where_nothing_is_dropped(device):
