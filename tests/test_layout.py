@@ -22,7 +22,7 @@ ALLOWED = {
     "model": {"config", "batch", "hub", "minibert_kernels"},
     "data": {"config", "batch", "files", PHILOX},
     "integrations": {"config", "batch", "data", "hub", "model"},
-    "train": BASE | {"minibert"},
+    "train": BASE | {"minibert", "minibert_kernels"},
     "tasks": BASE | {"train"},
     "demo": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "cli"},
     "cli": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "demo"},

@@ -1,29 +1,43 @@
 """BERT's ops on packed tokens: in Triton where there is a GPU, in plain torch everywhere."""
 
-from .attention import attention
+from .attention import attention, attention_schedule
+from .embedding import embed_norm
 from .gelu import bias_geglu, bias_gelu, bias_swiglu
+from .lamb import lamb_step
 from .layer_norm import dropout_add_norm
-from .reference import (
-    attention_probs,
-    embed_norm,
-    linear_cross_entropy,
-    pack,
-    select_rows,
-    unpack,
-)
+from .linear_cross_entropy import linear_cross_entropy
+from .masking import mlm_mask
+from .packing import pack, select_rows, unpack
+from .reference import attention_probs
 
 # those with a kernel beside their reference; each takes backend="auto" | "triton" | "reference"
-TRITON_OPS = ("attention", "bias_geglu", "bias_gelu", "bias_swiglu", "dropout_add_norm")
-
-__all__ = [
+TRITON_OPS = (
     "attention",
-    "attention_probs",
     "bias_geglu",
     "bias_gelu",
     "bias_swiglu",
     "dropout_add_norm",
     "embed_norm",
+    "lamb_step",
     "linear_cross_entropy",
+    "mlm_mask",
+    "pack",
+    "select_rows",
+    "unpack",
+)
+
+__all__ = [
+    "attention",
+    "attention_probs",
+    "attention_schedule",
+    "bias_geglu",
+    "bias_gelu",
+    "bias_swiglu",
+    "dropout_add_norm",
+    "embed_norm",
+    "lamb_step",
+    "linear_cross_entropy",
+    "mlm_mask",
     "pack",
     "select_rows",
     "unpack",

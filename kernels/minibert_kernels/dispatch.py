@@ -49,6 +49,11 @@ def disabled(*ops: str):
         _disabled = before
 
 
+def is_disabled(op: str) -> bool:
+    """Whether `disabled` has switched `op` off."""
+    return op in _disabled
+
+
 def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) -> bool:
     """Whether `op` runs its Triton kernel on `tensors`.
 
@@ -97,7 +102,7 @@ def _missing(device_type: str, dtype: torch.dtype, interpret: bool) -> str | Non
     if device_type != "cuda" and not interpret:
         return f"needs CUDA tensors, got {device_type}"
     allowed = (torch.float32, torch.float16) + ((torch.bfloat16,) if not interpret else ())
-    if dtype not in allowed:
+    if dtype.is_floating_point and dtype not in allowed:  # ids are moved and masked too
         *taken, got = (str(d).removeprefix("torch.") for d in (*allowed, dtype))
         return f"takes {', '.join(taken)}, got {got}"
     return None

@@ -134,6 +134,25 @@ def gelu_plan(cols: int, direction: str) -> NormPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CrossEntropyPlan:
+    """A program a row, `block` columns at a time; a row that fits stays in registers."""
+
+    block: int
+    num_warps: int
+
+
+def cross_entropy_plan(cols: int) -> CrossEntropyPlan:
+    """The plan of the loss over `cols` classes: 32 columns a thread up to 16,384, then 16 in a loop.
+
+    Whole rows of 32,768 would need more than the 64 registers a thread that 32 warps leave.
+    """
+    block = max(128, 1 << (cols - 1).bit_length())
+    if block > 16384:
+        return CrossEntropyPlan(block=8192, num_warps=16)
+    return CrossEntropyPlan(block=block, num_warps=max(4, block // 1024))
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
     """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d.
 
@@ -148,27 +167,28 @@ class AttentionPlan:
     programs_per_sm: int = 0
 
 
-# (block_m, block_n, num_warps) for head sizes up to 64 and up to 128: the largest tiles found that spill no register
+# (block_m, block_n, num_warps, whether a persistent grid may run it) for head sizes up to 64 and up to 128: the largest
+# tiles found that spill no register; with " bias" those where a score bias asks for smaller ones
 ATTENTION_TILES = {
-    ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8)),
-    ("sm_80", "dq"): ((64, 32, 4), (64, 32, 8)),
-    ("sm_80", "dkdv"): ((32, 64, 4), (32, 64, 8)),
-    ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8)),
-    ("sm_90", "dq"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_90", "dkdv"): ((64, 64, 4), (32, 64, 8)),
-    ("sm_100", "fwd"): ((64, 64, 4), (128, 64, 8)),
-    ("sm_100", "dq"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_100", "dkdv"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_80", "dbias"): ((64, 32, 4), (64, 32, 8)),
-    ("sm_90", "dbias"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_100", "dbias"): ((64, 64, 4), (64, 64, 8)),
-    ("float32", "dbias"): ((16, 32, 4), (16, 16, 8)),
-    ("float32", "fwd"): ((16, 32, 4), (16, 32, 8)),
-    ("float32", "dq"): ((16, 32, 4), (16, 16, 8)),
-    ("float32", "dkdv"): ((32, 32, 8), (16, 32, 8)),
+    ("sm_80", "fwd"): ((128, 64, 8, True), (64, 64, 8, True)),
+    ("sm_80", "fwd bias"): ((64, 32, 4, True), (64, 64, 8, True)),
+    ("sm_80", "dq"): ((64, 32, 4, False), (64, 32, 8, True)),
+    ("sm_80", "dkdv"): ((32, 64, 8, True), (32, 64, 8, True)),
+    ("sm_80", "dkdv bias"): ((32, 32, 4, True), (32, 32, 4, False)),
+    ("sm_80", "dbias"): ((64, 32, 8, False), (64, 16, 8, False)),
+    ("sm_90", "fwd"): ((128, 64, 8, True), (128, 64, 8, False)),
+    ("sm_90", "dq"): ((64, 64, 4, True), (64, 64, 8, False)),
+    ("sm_90", "dkdv"): ((64, 64, 4, False), (32, 64, 8, False)),
+    ("sm_90", "dbias"): ((64, 64, 8, False), (64, 64, 8, False)),
+    ("sm_100", "fwd"): ((64, 64, 4, True), (128, 64, 8, False)),
+    ("sm_100", "dq"): ((64, 64, 4, False), (64, 64, 8, False)),
+    ("sm_100", "dkdv"): ((64, 64, 4, False), (64, 64, 8, False)),
+    ("sm_100", "dbias"): ((64, 64, 8, False), (64, 64, 8, False)),
+    ("float32", "fwd"): ((16, 32, 4, False), (16, 32, 8, False)),
+    ("float32", "dq"): ((16, 32, 4, False), (16, 16, 8, False)),
+    ("float32", "dkdv"): ((32, 32, 8, False), (16, 32, 8, False)),
+    ("float32", "dbias"): ((16, 32, 4, False), (16, 16, 8, False)),
 }
-
-
 # the longest sequences of the short form, likewise: up to there its kernels spill no register
 ATTENTION_SHORT_LENGTHS = {
     ("sm_80", "fwd"): (128, 64),
@@ -183,7 +203,7 @@ ATTENTION_SHORT_LENGTHS = {
 
 
 def attention_plan(
-    head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str
+    head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str, bias: bool = False
 ) -> AttentionPlan:  # fmt: skip
     """The plan of a kernel of attention's long form; no tile is longer than the longest sequence.
 
@@ -191,14 +211,18 @@ def attention_plan(
         element_size: bytes of an element of q; 4 has no matrix unit that keeps its precision.
         capability: of the GPU, 80 and up; consumer Blackwell, 120, has the matrix instructions of Ampere.
         direction: "fwd", "dq", "dkdv" or "dbias".
+        bias: whether there is a score bias.
     """
     chip = _attention_chip(element_size, capability)
-    block_m, block_n, num_warps = ATTENTION_TILES[chip, direction][head_size > 64]
-    block_d, longest = _block(head_size), _block(max_seqlen)
+    tiles = ATTENTION_TILES.get((chip, f"{direction} bias")) if bias else None
+    block_m, block_n, num_warps, persistent = (tiles or ATTENTION_TILES[chip, direction])[head_size > 64]
+    longest = _block(max_seqlen)
+    num_warps = num_warps if longest >= min(block_m, block_n) else 4
     return AttentionPlan(
-        block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=block_d,
-        num_warps=num_warps if longest >= min(block_m, block_n) else 4, num_stages=2 if element_size == 2 else 1,
-        programs_per_sm=16 // num_warps,
+        block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=_block(head_size),
+        num_warps=num_warps, num_stages=2 if element_size == 2 else 1,
+        # eight warps of 255 registers fill a multiprocessor
+        programs_per_sm=8 // num_warps if persistent else 0,
     )  # fmt: skip
 
 

@@ -7,34 +7,50 @@ kernels. T packed tokens, B sequences, H heads, d head size, D hidden, V vocabul
 import torch
 import torch.nn.functional as F
 
-from .philox import attention_keep, keep_scale, row_keep
+from .philox import attention_keep, fold, keep_scale, philox, row_keep
 
 
 def attention(
     q, k, v, cu_seqlens, max_seqlen, *, dropout=0.0, seed=0, seq_ids=None, scale=None, causal=False, window=None,
-    score_bias=None,
+    score_bias=None, alibi_slopes=None, return_lse=False, schedule=None,
 ):  # fmt: skip
-    """See `minibert_kernels.attention`."""
+    """See `minibert_kernels.attention`; a schedule changes no value."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SequenceLayout(cu_seqlens, max_seqlen, q.shape[0])
     q, k, v = (layout.pad(x).transpose(1, 2) for x in (q, k, v))  # [B, H, S, d]
-    bias = layout.score_mask(q.dtype, causal, window, score_bias)
-    if dropout == 0.0:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    else:
-        probs = (q @ k.mT * scale + (0 if bias is None else bias)).softmax(-1)
-        out = drop_probs(probs, dropout, seed, seq_ids) @ v
-    return layout.unpad(out.transpose(1, 2))
+    bias = layout.score_terms(q.dtype, causal, window, score_bias, alibi_slopes)
+    if dropout == 0.0 and score_bias is None and not return_lse:
+        return layout.unpad(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2))
+    scores = q @ k.mT * scale + (0 if bias is None else bias)
+    probs = scores.softmax(-1) if score_bias is None else softmax(scores)
+    out = layout.unpad(((probs if dropout == 0.0 else drop_probs(probs, dropout, seed, seq_ids)) @ v).transpose(1, 2))
+    return (out, layout.unpad(log_sum_exp(scores).mT).mT.contiguous()) if return_lse else out
 
 
-def attention_probs(q, k, cu_seqlens, max_seqlen, *, scale=None, causal=False, window=None, score_bias=None):
+def attention_probs(
+    q, k, cu_seqlens, max_seqlen, *, scale=None, causal=False, window=None, score_bias=None, alibi_slopes=None
+):  # fmt: skip
     """The attention map [B, H, S, S] that `attention` never writes, before dropout; zero at padding."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SequenceLayout(cu_seqlens, max_seqlen, q.shape[0])
     q, k = (layout.pad(x).transpose(1, 2) for x in (q, k))
-    bias = layout.score_mask(q.dtype, causal, window, score_bias)
-    probs = (q @ k.mT * scale + (0 if bias is None else bias)).softmax(-1)
+    bias = layout.score_terms(q.dtype, causal, window, score_bias, alibi_slopes)
+    scores = q @ k.mT * scale + (0 if bias is None else bias)
+    probs = scores.softmax(-1) if score_bias is None else softmax(scores)
     return probs * layout.valid[:, None, :, None] * layout.valid[:, None, None, :]
+
+
+def softmax(scores):
+    """Of the last axis; zero, with zero gradients, in a row that sees no key."""
+    empty = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def log_sum_exp(scores):
+    """Of the last axis, in float32 at least; -inf, with zero gradients, in a row that sees no key."""
+    empty = scores.isneginf().all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0).to(torch.promote_types(scores.dtype, torch.float32))
+    return scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
 
 
 def drop_probs(probs, dropout, seed, seq_ids=None):
@@ -69,13 +85,16 @@ class SequenceLayout:
         x = x.flatten(0, 1)
         return x if self.full else x[self.slot]
 
-    def score_mask(self, dtype, causal, window, score_bias):
-        """What is added to the scores: [B or 1, H or 1, S, S], -inf at keys out of sight; None if all are seen."""
+    def score_terms(self, dtype, causal, window, score_bias, alibi_slopes=None):
+        """What is added to the scores: [B or 1, H or 1, S, S], -inf at keys out of sight; None if there is nothing."""
+        bias = None if score_bias is None else score_bias.to(dtype)
+        index = torch.arange(self.shape[1], device=self.valid.device)
+        distance = index[None, :] - index[:, None]  # key - query
+        if alibi_slopes is not None:
+            slopes = -alibi_slopes.to(dtype)[:, None, None] * distance.abs()
+            bias = slopes[None] if bias is None else bias + slopes
         if self.full and not causal and window is None:
-            return score_bias
-        batch, length = self.shape
-        distance = torch.arange(length, device=self.valid.device)
-        distance = distance[None, :] - distance[:, None]  # key - query
+            return bias
         seen = self.valid[:, None, None, :]
         if causal:
             seen = seen & (distance <= 0)
@@ -83,7 +102,7 @@ class SequenceLayout:
             seen = seen & (distance.abs() <= window)
         # a padded query sees itself, so that no row of the softmax is empty
         seen = seen | (distance == 0)
-        bias = torch.zeros((), dtype=dtype, device=seen.device) if score_bias is None else score_bias.to(dtype)
+        bias = torch.zeros((), dtype=dtype, device=seen.device) if bias is None else bias
         return torch.where(seen, bias, float("-inf"))
 
 
@@ -116,51 +135,57 @@ def normalise(x, weight, bias, eps, kind):
 
 
 def bias_gelu(x, bias, *, approximate="none"):
-    """gelu(x + bias); BERT's is the erf form, approximate="none" (Hendrycks and Gimpel, 2016)."""
-    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+    """See `minibert_kernels.bias_gelu`."""
+    return F.gelu(x if bias is None else x + bias, approximate=approximate).to(x.dtype)
 
 
 def bias_geglu(x, bias, *, approximate="none"):
-    """gelu(a) * b for the halves a, b of x + bias: [..., 2F] to [..., F] (Shazeer, 2020)."""
+    """See `minibert_kernels.bias_geglu`."""
     gate, value = (x if bias is None else x + bias).chunk(2, dim=-1)
-    return F.gelu(gate, approximate=approximate) * value
+    return (F.gelu(gate, approximate=approximate) * value).to(x.dtype)
 
 
 def bias_swiglu(x, bias):
-    """silu(a) * b for the halves a, b of x + bias: [..., 2F] to [..., F] (Shazeer, 2020)."""
+    """See `minibert_kernels.bias_swiglu`."""
     gate, value = (x if bias is None else x + bias).chunk(2, dim=-1)
-    return F.silu(gate) * value
+    return (F.silu(gate) * value).to(x.dtype)
 
 
 def embed_norm(
     ids, type_ids, positions, word, position, type, weight, bias, *, dropout=0.0, seed=0, rows=None, eps=1e-12
 ):  # fmt: skip
-    """norm(word[ids] + position[positions] + type[type_ids]), then dropout: [T] to [T, D]."""
+    """See `minibert_kernels.embed_norm`."""
     # the order of the two additions is Hugging Face's, so that float32 results agree to the last bit
     total = F.embedding(ids, word) + F.embedding(type_ids, type)
     if position is not None:
         total = total + F.embedding(positions, position)
     out = normalise(total, weight, bias, eps, "layernorm")
-    if dropout == 0.0:
-        return out
-    rows = torch.arange(len(ids), device=ids.device) if rows is None else rows
-    return torch.where(row_keep(seed, dropout, rows, out.shape[-1]), out * keep_scale(dropout), 0)
+    if dropout > 0.0:
+        rows = torch.arange(len(ids), device=ids.device) if rows is None else rows
+        out = torch.where(row_keep(seed, dropout, rows, out.shape[-1]), out * keep_scale(dropout), 0)
+    return out.to(autocast_dtype(word))
 
 
-def linear_cross_entropy(hidden, weight, bias, labels, *, ignore_index=-100):
-    """Mean cross entropy of hidden · weightᵀ + bias over the rows that have a label.
+def autocast_dtype(x):
+    """That of autocast, if it is on where x is and x is not float64, else the dtype of x."""
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
-    Args:
-        hidden: [N, D]; weight: [V, D]; bias: [V] or None; labels: [N] int64.
-    Returns:
-        (loss, correct): a scalar, 0 with zero gradients where every row is ignored, and the int64 count of rows whose
-        largest logit is the label.
-    """
+
+def linear_cross_entropy(
+    hidden, weight, bias, labels, *, ignore_index=-100, label_smoothing=0.0, reduction="mean", max_labels=None
+):  # fmt: skip
+    """See `minibert_kernels.linear_cross_entropy`; here all logits are written, and max_labels changes nothing."""
     logits = F.linear(hidden, weight, bias)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(wide, labels, ignore_index=ignore_index, reduction="sum")
     counted = labels != ignore_index
-    return total / counted.sum().clamp(min=1), ((logits.argmax(-1) == labels) & counted).sum()
+    losses = F.cross_entropy(
+        wide, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )  # fmt: skip
+    correct = (logits.argmax(-1) == labels) & counted
+    if reduction == "none":
+        return losses, correct
+    return losses.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1), correct.sum()
 
 
 def select_rows(x, rows):
@@ -168,11 +193,107 @@ def select_rows(x, rows):
     return x.index_select(0, rows)
 
 
-def pack(x, mask):
-    """[B, S, ...] and a bool mask [B, S] to the packed [T, ...] tokens where mask is true (T is read on the host)."""
-    return x[mask]
+def pack(x, mask, *, num_tokens=None):
+    """See `minibert_kernels.pack`; here too T is read on the host unless num_tokens says it."""
+    if num_tokens is None:
+        return x[mask]
+    slot = torch.searchsorted(mask.flatten().cumsum(0), torch.arange(1, num_tokens + 1, device=x.device))
+    found = (slot < mask.numel()).view(-1, *(1,) * (x.ndim - 2))
+    return torch.where(found, x.flatten(0, 1).index_select(0, slot.clamp(max=mask.numel() - 1)), 0)
 
 
 def unpack(x, cu_seqlens, max_seqlen):
-    """Packed [T, ...] to [B, S, ...], zero at padding."""
-    return SequenceLayout(cu_seqlens, max_seqlen, x.shape[0]).pad(x)
+    """See `minibert_kernels.unpack`."""
+    valid = torch.arange(max_seqlen, device=x.device) < cu_seqlens.diff()[:, None]
+    out = x.new_zeros(*valid.shape, *x.shape[1:])
+    return out.masked_scatter(valid.view(*valid.shape, *(1,) * (x.ndim - 1)), x)
+
+
+MLM_SITE = 0x3A5C  # folded into the seed, so that masks share no draw with anything else under it
+MLM_MASKED, MLM_RANDOM = round(0.8 * 2**32), round(0.9 * 2**32)  # a word below the first: [MASK]; the second: random
+NEVER = 2**63 - 1  # the key of a token that may not be chosen
+UNITS = ("token", "word", "span")
+
+
+def span_reach(unit, max_span):
+    """A unit reaches d tokens further where its start's word is at least the d-th of these; a start reaches itself.
+
+    Lengths of spans are geometric with p = 0.2 among 1 .. max_span (Joshi et al., 2020): mean 3.8 for 10.
+    """
+    longest = max_span if unit == "span" else 1
+    return tuple(round(2**32 * (1 - 0.8**d) / (1 - 0.8**longest)) for d in range(longest))
+
+
+def mlm_mask(
+    ids, cu_seqlens, max_seqlen, *, mask_id, special, ordinary, rate=0.15, unit="token", continues=None, max_span=10,
+    seed=0, seq_ids=None, epochs=None, num_labels=None,
+):  # fmt: skip
+    """See `minibert_kernels.mlm_mask`."""
+    layout = SequenceLayout(cu_seqlens, max(max_seqlen, 1), len(ids))
+    tokens = layout.pad(ids)  # [B, S], as everything below
+    position = torch.arange(tokens.shape[1], device=ids.device)
+    seq = torch.arange(len(tokens), device=ids.device)[:, None] if seq_ids is None else seq_ids[:, None]
+    epoch = torch.zeros_like(seq) if epochs is None else epochs[:, None]
+    draw, action, choice, stretch = philox(fold(seed, MLM_SITE), position, seq, seq >> 32, epoch)
+
+    candidate = layout.valid & ~special[tokens]
+    begins = ~continues[tokens] if unit == "word" else torch.zeros_like(candidate)
+    # where the run of candidates, or the word, of each token begins
+    first = torch.where(candidate, torch.where(begins, position, 0), position + 1).cummax(1).values
+    key, earliest = draw << 31 | position, torch.full_like(tokens, NEVER)
+    for distance, least in enumerate(span_reach(unit, max_span)):
+        start = (first if unit == "word" else position) - distance
+        at = start.clamp(0, len(position) - 1).expand_as(tokens)
+        reached = candidate & (start >= first) & (stretch.gather(1, at) >= least)
+        earliest = torch.where(reached, torch.minimum(earliest, key.gather(1, at)), earliest)
+
+    drawn = ordinary[(choice * len(ordinary)) >> 32]
+    becomes = torch.where(action < MLM_MASKED, mask_id, torch.where(action < MLM_RANDOM, drawn, tokens))
+    if num_labels is not None:
+        return exact_labels(ids, layout.unpad(earliest), layout.unpad(becomes), layout, num_labels)
+    wanted = (candidate.sum(1).double() * rate).round().clamp(min=1).long()
+    last = earliest.sort(1).values.gather(1, wanted[:, None] - 1)
+    chosen = layout.unpad(candidate & (earliest <= last))
+    return torch.where(chosen, layout.unpad(becomes), ids), torch.where(chosen, ids, -100)
+
+
+def exact_labels(ids, key, becomes, layout, num_labels):
+    """The `num_labels` tokens that come first where sequences take turns: (masked ids [T], rows [K], labels [K]).
+
+    Args:
+        key: [T] int64, the order of choice within a sequence; NEVER for what may not be chosen.
+        becomes: [T], what a token turns into where it is chosen.
+    """
+    key = torch.where(layout.valid, layout.pad(key), NEVER)
+    rank, eligible = key.argsort(dim=1, stable=True).argsort(1), key != NEVER
+    score = torch.where(rank == 0, -1.0, rank.double() / eligible.sum(1, keepdim=True))
+    score = layout.unpad(torch.where(eligible, score, float("inf")))
+    order = score.argsort(stable=True)[:num_labels]
+    real = score[order].isfinite()
+    masked = ids.index_copy(0, order, torch.where(real, becomes[order], ids[order]))
+    rows = torch.where(real, order, -1).sort().values
+    labels = torch.where(rows < 0, -100, ids[rows.clamp(min=0)])
+    missing = (num_labels - len(rows), 0)  # fewer tokens than labels
+    return masked, F.pad(rows.clamp(min=0), missing), F.pad(labels, missing, value=-100)
+
+
+def lamb_step(
+    params, grads, exp_avgs, exp_avg_sqs, *, lr, step, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01,
+    bias_correction=True, trust_clip=None, adapt=True,
+):  # fmt: skip
+    """See `minibert_kernels.lamb_step`."""
+    steps = step.expand(len(params)) if isinstance(step, torch.Tensor) else [step] * len(params)
+    for w, g, m, v, t in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        g, x = g.to(m.dtype), w.to(m.dtype)
+        m.lerp_(g, 1 - betas[0])
+        v.lerp_(g * g, 1 - betas[1])
+        # in double, because 1 - beta ** t cancels
+        t = t.double() if isinstance(t, torch.Tensor) else t
+        unbias1, unbias2 = (1 - beta**t if bias_correction else 1.0 for beta in betas)
+        u = (m / unbias1) / ((v / unbias2).sqrt() + eps) + weight_decay * x
+        ratio = 1.0
+        if adapt:
+            x_norm, u_norm = x.norm(), u.norm()
+            ratio = torch.where((x_norm > 0) & (u_norm > 0), x_norm / u_norm, 1.0)
+            ratio = ratio if trust_clip is None else ratio.clamp(max=trust_clip)
+        w.copy_(x - lr * ratio * u)

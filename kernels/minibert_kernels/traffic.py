@@ -24,7 +24,20 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from . import attention, bias_geglu, bias_gelu, bias_swiglu, dropout_add_norm
+from . import (
+    attention,
+    bias_geglu,
+    bias_gelu,
+    bias_swiglu,
+    dropout_add_norm,
+    embed_norm,
+    lamb_step,
+    linear_cross_entropy,
+    mlm_mask,
+    pack,
+    select_rows,
+    unpack,
+)
 from ._triton import AVAILABLE
 from .dispatch import interpreting
 
@@ -139,7 +152,8 @@ def count(case: Case) -> Count:
         out = case.call(*tensors)
     out = out[0] if isinstance(out, tuple) else out
     with counted() as backward:
-        torch.autograd.grad(out, [t for t in tensors if t.requires_grad], torch.ones_like(out))
+        if out.requires_grad:
+            torch.autograd.grad(out, [t for t in tensors if t.requires_grad], torch.ones_like(out))
     return Count(
         op=case.op, label=case.label, saved=round(sum(saved.values()) / case.tokens, 1),
         forward=forward.bytes, forward_over_minimum=round(forward.bytes / case.forward, 3),
@@ -176,7 +190,7 @@ def cases() -> list[Case]:
                 forward=wide + row, backward=2 * wide + row,
             )
         )  # fmt: skip
-    for length in (128, 256):
+    for length, rows in ((128, 7), (256, 8)):  # the short form's backward does not read the output
         heads, size = 2, 64
         qkv = half(2 * length, 3, heads, size).unbind(1)
         cuts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
@@ -184,9 +198,60 @@ def cases() -> list[Case]:
             Case(
                 op="attention", label=f"S={length}",
                 call=lambda q, k, v, cuts, n=length: attention(q, k, v, cuts, n, dropout=0.1, backend="triton"),
-                activations=(*qkv, cuts), forward=4 * qkv[0].nbytes, backward=8 * qkv[0].nbytes, tokens=2 * length,
+                activations=(*qkv, cuts), forward=4 * qkv[0].nbytes, backward=rows * qkv[0].nbytes, tokens=2 * length,
             )
         )  # fmt: skip
+    ids = torch.randint(1000, (TOKENS,), generator=generator)
+    positions, types = torch.arange(TOKENS) % 128, torch.arange(TOKENS) // 64 % 2
+    distinct = len(ids.unique()) + 128 + 2
+    found.append(
+        Case(
+            op="embed_norm",
+            call=lambda i, t, p, *tables: embed_norm(i, t, p, *tables, dropout=0.1, backend="triton"),
+            activations=(ids, types, positions),
+            parameters=(*(half(n, WIDTH) for n in (1000, 128, 2)), vector.half(), vector.half()),
+            # the rows of the tables that occur are read, and in backward their gradients written
+            forward=row + distinct * WIDTH * 2, backward=row + 2 * distinct * WIDTH * 2,
+        )
+    )  # fmt: skip
+    hidden, classes = half(64, 64), 8192
+    labels = torch.randint(classes, (64,), generator=generator)
+    found.append(
+        Case(
+            op="linear_cross_entropy", label=f"V={classes}",
+            call=lambda h, y, w, b: linear_cross_entropy(h, w, b, y, max_labels=64, backend="triton"),
+            activations=(hidden, labels), parameters=(half(classes, 64), half(classes)),
+            forward=2 * 64 * classes * 2, backward=0, tokens=64,
+        )
+    )  # fmt: skip
+    cuts = torch.arange(0, TOKENS + 1, 64, dtype=torch.int32)
+    mask = torch.ones(4, 64, dtype=torch.bool)
+    moves = {
+        "select_rows": (lambda x: select_rows(x, torch.arange(0, TOKENS, 2), backend="triton"), x, row, row),
+        "pack": (lambda x: pack(x, mask, backend="triton"), x.view(4, 64, WIDTH), 2 * row, 2 * row),
+        "unpack": (lambda x, cuts=cuts: unpack(x, cuts, 64, backend="triton"), x, 2 * row, 2 * row),
+    }
+    for op, (call, tensor, forward, backward) in moves.items():
+        found.append(Case(op=op, call=call, activations=(tensor,), forward=forward, backward=backward))
+    special, ids = torch.arange(1000) < 5, ids.repeat(16)
+    cuts = torch.arange(0, len(ids) + 1, 64, dtype=torch.int32)
+    found.append(
+        Case(
+            op="mlm_mask",
+            call=lambda i: mlm_mask(
+                i, cuts, 64, mask_id=4, special=special, ordinary=torch.arange(5, 1000), backend="triton"
+            ),
+            activations=(ids,), forward=3 * ids.nbytes + special.nbytes + 995 * 8, backward=0,
+        )
+    )  # fmt: skip
+    states = [[torch.zeros(64, WIDTH)] for _ in range(4)]
+    found.append(
+        Case(
+            op="lamb_step",
+            call=lambda x: (lamb_step(*states, lr=1e-3, step=1, backend="triton"), x)[1:],
+            activations=(x,), forward=10 * states[0][0].nbytes, backward=0,
+        )
+    )  # fmt: skip
     return found
 
 

@@ -24,15 +24,16 @@ from pathlib import Path
 
 import minibert_kernels
 
+from . import embedding, gelu, lamb, layer_norm, masking, packing, segment
 from ._triton import AVAILABLE, triton
 from .attention import aot_cases as attention_cases
 from .dispatch import interpreting
-from .gelu import aot_cases as gelu_cases
 from .launch import FP_FUSION, AotCase
-from .layer_norm import aot_cases as layer_norm_cases
+from .linear_cross_entropy import aot_cases as cross_entropy_cases
 
 ARCHITECTURES = (80, 90, 100, 120)
-CASES = (attention_cases, gelu_cases, layer_norm_cases)
+MODULES = (gelu, layer_norm, embedding, segment, packing, masking, lamb)
+CASES = (attention_cases, cross_entropy_cases, *(module.aot_cases for module in MODULES))
 # the mnemonic with which each architecture multiplies matrices at full speed
 MATRIX_KIND = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 

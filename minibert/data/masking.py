@@ -2,7 +2,7 @@
 
 Of each sample a fixed number of tokens is chosen: those with the smallest random keys. 80 % of them become [MASK], 10
 % a random token, 10 % stay. Every draw is keyed on (seed, epoch, sample, position), so it is the same in whatever
-batch the sample sits.
+batch the sample sits. `minibert_kernels.mlm_mask` does the same on the device, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,11 @@ import numpy as np
 
 from minibert_kernels.philox import fold, philox
 
+from ..config import one_of
+
+UNITS = ("token", "word", "span")
 MASKED, RANDOM = round(0.8 * 2**32), round(0.9 * 2**32)  # below the first: [MASK]; below the second: a random token
+NEVER = 2**63 - 1  # the key of a special token
 
 
 class Masker:
@@ -21,8 +25,9 @@ class Masker:
         rate: share of the tokens of a sample that are chosen, special tokens aside; at least one is.
         mask_id: the id of [MASK].
         special_ids: ids that are neither chosen nor drawn as random tokens.
-        is_continuation: bool [vocab_size], or None. With it whole words are chosen: a piece goes with the word it
-            continues, and the last word may exceed the number.
+        is_continuation: bool [vocab_size], the pieces that continue a word; units are then words by default.
+        unit: "token"; "word": a piece goes with the word it continues; "span": neighbours are chosen together, up to
+            max_span of them (Joshi et al., 2020). The last word or span may exceed the number.
     """
 
     def __init__(
@@ -34,10 +39,21 @@ class Masker:
         special_ids: Sequence[int],
         rate: float = 0.15,
         is_continuation: np.ndarray | None = None,
+        unit: str | None = None,
+        max_span: int = 10,
     ):
+        self.unit = unit or ("token" if is_continuation is None else "word")
+        one_of("unit", self.unit, UNITS)
         if not 0 < rate <= 1:
             raise ValueError(f"mask_rate={rate} is not in (0, 1]")
+        if self.unit == "word" and is_continuation is None:
+            raise ValueError("unit='word' needs is_continuation: the pieces that continue a word")
+        if max_span < 1:
+            raise ValueError(f"max_span={max_span} is not positive")
         self.seed, self.rate, self.mask_id, self.is_continuation = fold(seed, 0x3A5C), rate, mask_id, is_continuation
+        # a span goes d tokens on where its word is at least the d-th: geometric with p = 0.2 among 1 .. longest
+        longest = max_span if self.unit == "span" else 1
+        self.reach = [round(2**32 * (1 - 0.8**d) / (1 - 0.8**longest)) for d in range(longest)]
         self.is_special = np.zeros(vocab_size, dtype=bool)
         self.is_special[list(special_ids)] = True
         self.ordinary = np.flatnonzero(~self.is_special)
@@ -54,50 +70,39 @@ class Masker:
         """
         position = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         segment = np.repeat(np.arange(len(lengths)), lengths)
-        words = philox(self.seed, position, sample[segment], sample[segment] >> 32, epoch[segment])
-        rows = np.flatnonzero(~self.is_special[ids])
-        key, action, replacement = (word[rows] for word in words[:3])
-        chosen = np.sort(self._choose(rows, ids, segment[rows], key, len(lengths)))
-        rows, action, replacement = rows[chosen], action[chosen], replacement[chosen]
-        labels, masked = ids[rows], ids.copy()
-        drawn = self.ordinary[(replacement * len(self.ordinary)) >> 32]
+        draw, action, replacement, stretch = philox(
+            self.seed, position, sample[segment], sample[segment] >> 32, epoch[segment]
+        )
+        key = self._keys(draw << 31 | position, stretch, ids, position)
+        rows = self._choose(key, segment, len(lengths))
+        labels, masked, action = ids[rows], ids.copy(), action[rows]
+        drawn = self.ordinary[(replacement[rows] * len(self.ordinary)) >> 32]
         masked[rows] = np.where(action < MASKED, self.mask_id, np.where(action < RANDOM, drawn, labels))
         return masked, rows, labels
 
-    def _choose(self, rows, ids, segment, key, num_segments: int) -> np.ndarray:
-        """Which of the candidates are chosen: indices into `rows`."""
+    def _keys(self, key, stretch, ids, position) -> np.ndarray:
+        """The order in which the tokens of a sample are chosen; NEVER for special ones."""
+        row, special = np.arange(len(ids)), self.is_special[ids]
+        # where the run of ordinary tokens, or the word, of each row begins
+        first = np.where(special, row + 1, np.where(position == 0, row, 0))
+        if self.unit == "word":
+            first = np.where(special | self.is_continuation[ids], first, row)
+        first = np.maximum.accumulate(first)
+        earliest = np.full_like(key, NEVER)
+        for distance, least in enumerate(self.reach):
+            start = (first if self.unit == "word" else row) - distance
+            reached = np.flatnonzero(~special & (start >= first))
+            reached = reached[stretch[start[reached]] >= least]
+            earliest[reached] = np.minimum(earliest[reached], key[start[reached]])
+        return earliest
+
+    def _choose(self, key, segment, num_segments: int) -> np.ndarray:
+        """The rows up to the last key that is wanted, ascending."""
+        rows = np.flatnonzero(key != NEVER)
+        key, segment = key[rows], segment[rows]
         candidates = np.bincount(segment, minlength=num_segments)
         wanted = np.maximum(np.rint(self.rate * candidates).astype(np.int64), 1)
-        if self.is_continuation is not None:
-            # a word begins where a piece does not continue one, or where the token before is special
-            begins = ~self.is_continuation[ids[rows]] | (np.diff(rows, prepend=-2) > 1)
-            key = key[np.flatnonzero(begins)][np.cumsum(begins) - 1]
-        order = np.argsort(segment << 32 | key, kind="stable")
-        rank = np.arange(len(rows)) - np.repeat(np.cumsum(candidates) - candidates, candidates)
-        if self.is_continuation is not None:  # the pieces of a word share its rank
-            new = begins[order]
-            rank = rank[np.flatnonzero(new)][np.cumsum(new) - 1]
-        return order[rank < wanted[segment[order]]]
-
-
-def mask_tokens(
-    ids: np.ndarray,
-    seed: int,
-    epoch: int,
-    sample: int,
-    *,
-    mask_id: int,
-    vocab_size: int,
-    special_ids: Sequence[int],
-    rate: float = 0.15,
-    whole_word: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mask one sample: ids with masks [n], the chosen positions [m], what stood there [m].
-
-    `whole_word` is a bool table [vocab_size] that is true for the pieces that continue a word. A sample of special
-    tokens alone is returned as it is.
-    """
-    options = {"mask_id": mask_id, "vocab_size": vocab_size, "special_ids": special_ids, "rate": rate}
-    ids = np.asarray(ids, dtype=np.int64)
-    masker = Masker(seed, **options, is_continuation=whole_word)
-    return masker(ids, np.array([len(ids)]), np.array([epoch]), np.array([sample]))
+        # starts with one draw lie as their tokens do, so a stable order by draw is the order of the keys
+        order = np.argsort(segment << 32 | key >> 31, kind="stable")
+        last = order[(np.cumsum(candidates) - candidates + wanted - 1)[segment]]
+        return rows[key <= key[last]]

@@ -31,6 +31,6 @@ class Attention(nn.Module):
         drop = ctx.drop(self.dropout, self.site)
         out = attention(
             q, k, v, batch.cu_seqlens, batch.max_seqlen,
-            **drop, seq_ids=batch.seq_ids, score_bias=bias, backend=ctx.backend,
+            **drop, seq_ids=batch.seq_ids, score_bias=bias, schedule=ctx.schedule, backend=ctx.backend,
         )  # fmt: skip
         return self.out(rearrange(out, "t h d -> t (h d)"))

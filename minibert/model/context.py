@@ -12,12 +12,16 @@ from ..batch import Batch
 
 @dataclass(frozen=True)
 class Context:
-    """The batch and the backend; where dropout acts, the seed of every site ([num_sites] int64) and `batch.rows`."""
+    """The batch and the backend; where dropout acts, the seed of every site ([num_sites] int64) and `batch.rows`.
+
+    schedule: the order in which attention's kernels take long sequences, one for all layers.
+    """
 
     batch: Batch
     backend: str = "auto"
     seeds: Tensor | None = None
     rows: Tensor | None = None
+    schedule: Tensor | None = None
 
     def drop(self, p: float, site: int) -> dict:
         """The dropout arguments of a kernel call at `site`."""

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from minibert_kernels import embed_norm, select_rows
+from minibert_kernels import attention_schedule, embed_norm, select_rows
+from minibert_kernels.dispatch import use_triton
 
 from .. import hub
 from ..batch import Batch, pack_padded, unpack
@@ -16,6 +17,7 @@ from .ffn import FFNS
 from .norm import NORMS
 from .position import POSITIONS, Position
 
+SCHEDULED = 128  # shorter sequences are one tile each: there is nothing to balance
 SITES = 3  # dropout sites of a block: attention map, after attention, after feed-forward; site 0 is the embeddings
 
 
@@ -33,13 +35,11 @@ class Embeddings(nn.Module):
     def forward(self, ctx: Context) -> Tensor:
         batch = ctx.batch
         drop = ctx.drop(self.config.hidden_dropout_prob, 0)
-        x = embed_norm(
+        return embed_norm(
             batch.input_ids, batch.token_type_ids, batch.positions,
             self.word.weight, self.position.weight, self.token_type.weight, self.norm.weight, self.norm.bias,
-            **drop, rows=ctx.rows, eps=self.norm.eps,
+            **drop, rows=ctx.rows, eps=self.norm.eps, backend=ctx.backend,
         )  # fmt: skip
-        device = x.device.type
-        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class PostNormBlock(nn.Module):
@@ -86,8 +86,8 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        return torch.tanh(self.dense(first_tokens(x, batch)))
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        return torch.tanh(self.dense(first_tokens(x, ctx)))
 
 
 class Bert(nn.Module):
@@ -117,10 +117,13 @@ class Bert(nn.Module):
 
     def context(self, batch: Batch, seed: int | Tensor | None) -> Context:
         check_batch(self.config, batch)
+        schedule = None
+        if batch.max_seqlen > SCHEDULED and use_triton("attention", self.backend, batch.input_ids):
+            schedule = attention_schedule(batch.cu_seqlens, batch.num_tokens)
         if not self.training:
-            return Context(batch, self.backend)
+            return Context(batch, self.backend, schedule=schedule)
         sites = 2 + SITES * self.config.num_hidden_layers
-        return Context(batch, self.backend, site_seeds(seed, sites, batch.input_ids.device), batch.rows)
+        return Context(batch, self.backend, site_seeds(seed, sites, batch.input_ids.device), batch.rows, schedule)
 
 
 class BertModel(Bert):
@@ -160,7 +163,7 @@ class BertModel(Bert):
         x = self.encoder(self.embeddings(ctx), ctx, self.embeddings.position, states, maps)
         return Output(
             last_hidden_state=x,
-            pooler_output=None if self.pooler is None else self.pooler(x, ctx.batch),
+            pooler_output=None if self.pooler is None else self.pooler(x, ctx),
             hidden_states=None if states is None else tuple(states),
             attentions=None if maps is None else tuple(maps),
         )
@@ -182,13 +185,14 @@ def part(slot: str, table: dict[str, Callable], config: BertConfig, *args) -> nn
     return table[name](config, *args)
 
 
-def first_tokens(x: Tensor, batch: Batch) -> Tensor:
+def first_tokens(x: Tensor, ctx: Context) -> Tensor:
     """The state of each sequence's first token, [T, D] to [B, D]; zero for a sequence without tokens."""
+    batch = ctx.batch
     if batch.min_seqlen > 0:
-        return select_rows(x, batch.first_rows)
+        return select_rows(x, batch.first_rows, backend=ctx.backend)
     filled = batch.cu_seqlens.diff() > 0
     first = x.new_zeros(batch.num_sequences, x.shape[-1])
-    first[filled] = select_rows(x, batch.first_rows[filled])
+    first[filled] = select_rows(x, batch.first_rows[filled], backend=ctx.backend)
     return first
 
 

@@ -36,8 +36,11 @@ class MLMHead(nn.Module):
 
     def loss(self, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Mean loss and number correct over the labelled tokens of the batch; no other row meets the vocabulary."""
-        hidden = self.transform(select_rows(x, ctx.batch.mlm_rows), ctx)
-        return linear_cross_entropy(hidden, self.decoder.weight, self.decoder.bias, ctx.batch.mlm_labels)
+        rows, labels = ctx.batch.mlm_rows, ctx.batch.mlm_labels
+        hidden = self.transform(select_rows(x, rows, backend=ctx.backend), ctx)
+        return linear_cross_entropy(
+            hidden, self.decoder.weight, self.decoder.bias, labels, max_labels=len(labels), backend=ctx.backend
+        )
 
 
 class Headed(Bert):

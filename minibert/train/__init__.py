@@ -12,15 +12,17 @@ from .loop import (
     pretraining_parts,
     train,
 )
-from .optim import adamw, param_groups
+from .optim import OPTIMIZERS, Lamb, adamw, lamb, param_groups
 from .schedule import SCHEDULES
 
 __all__ = [
     "METRICS",
+    "OPTIMIZERS",
     "SCHEDULES",
     "TIMING_FIELDS",
     "CheckpointError",
     "Interrupted",
+    "Lamb",
     "NonFiniteError",
     "Result",
     "Run",
@@ -29,6 +31,7 @@ __all__ = [
     "best",
     "check_device",
     "claim",
+    "lamb",
     "latest",
     "mean_over_sequences",
     "param_groups",

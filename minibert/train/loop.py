@@ -32,7 +32,7 @@ from ..config import one_of
 from . import checkpoint
 from .checkpoint import Run, claim
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
-from .optim import adamw, load_optimizer_state, optimizer_state
+from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES
 
 Dtype = Literal["float32", "bfloat16"]
@@ -68,7 +68,7 @@ class Interrupted(KeyboardInterrupt):
 class TrainConfig:
     """How to train. `None` for eval_every or save_every means at the end only.
 
-    steps: optimizer steps. lr: the peak learning rate.
+    steps: optimizer steps. optimizer: adamw or lamb. lr: the peak learning rate.
     warmup: a whole number of steps, or a fraction of `steps` (a float in [0, 1)).
     clip: largest norm of the gradient, None for no limit. accumulate: micro-batches a step.
     dtype: bfloat16 is autocast; weights and optimizer stay float32.
@@ -78,6 +78,7 @@ class TrainConfig:
     """
 
     steps: int
+    optimizer: str = "adamw"
     lr: float = 1e-4
     warmup: int | float = 0.1
     schedule: str = "linear"
@@ -113,6 +114,7 @@ class TrainConfig:
             raise ValueError(
                 f"warmup={self.warmup!r} is neither a fraction in [0, 1) nor fewer than steps={self.steps}"
             )
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("dtype", self.dtype, get_args(Dtype))
         one_of("best_mode", self.best_mode, get_args(Mode))
@@ -198,7 +200,7 @@ class Trainer:
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
         settings = {"model": model.config.to_dict(), **settings}
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
-        self.optimizer = adamw(model, config.lr, config.weight_decay)
+        self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
         self.step = self.cursor = 0
         self.best, self.metrics, self.checkpoint = None, {}, None
         if run.resume:

@@ -1,7 +1,9 @@
-"""AdamW as BERT uses it, and its state as named tensors."""
+"""AdamW and LAMB as BERT uses them, and their state as named tensors."""
 
 import torch
 from torch import Tensor, nn
+
+from minibert_kernels.lamb import lamb_step
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -28,7 +30,54 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al., 2020): each tensor's step is scaled by its trust ratio, for batches of tens of thousands.
+
+    Contiguous parameters only; a group is updated by two kernels on a GPU. A group may have its own value of each of
+    lr, betas, eps, weight_decay, trust_clip and adapt: see `minibert_kernels.lamb.lamb_step`.
+    """
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, trust_clip=None, adapt=True
+    ):  # fmt: skip
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"trust_clip": trust_clip, "adapt": adapt})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                states = [self._state_of(p) for p in params]
+                steps, exp_avgs, exp_avg_sqs = ([state[moment] for state in states] for moment in MOMENTS)
+                torch._foreach_add_(steps, 1)
+                options = {name: group[name] for name in self.defaults}
+                lamb_step(params, [p.grad for p in params], exp_avgs, exp_avg_sqs, step=torch.stack(steps), **options)
+        return loss
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        if not self.state[p]:
+            wide = torch.promote_types(p.dtype, torch.float32)
+            exp_avg, exp_avg_sq = (torch.zeros_like(p, dtype=wide) for _ in range(2))
+            self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        return self.state[p]
+
+
+def lamb(model: nn.Module, lr: float, weight_decay: float = 0.01) -> Lamb:
+    """LAMB as You et al. train BERT: biases and norms neither decay nor adapt."""
+    groups = [group for group in param_groups(model, weight_decay) if group["params"]]
+    return Lamb([group | {"adapt": group["params"][0].ndim >= 2} for group in groups], lr=lr)
+
+
+OPTIMIZERS = {"adamw": adamw, "lamb": lamb}
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as `<parameter>.<moment>`; a parameter that never had a gradient has none."""
     return {
         f"{name}.{moment}": optimizer.state[p][moment].detach().cpu()
@@ -38,7 +87,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str,
     }
 
 
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put what `optimizer_state` gave back, bit for bit.
 
     Raises:

@@ -1,10 +1,16 @@
 import numpy as np
 import pytest
 
-from minibert.data.masking import Masker, mask_tokens
+from minibert.data.masking import Masker
 from minibert_kernels.philox import fold, philox
 
 OPTIONS = {"mask_id": 4, "vocab_size": 37, "special_ids": (0, 1, 2, 3, 4)}
+
+
+def mask(ids, seed=0, epoch=0, sample=0, **options):
+    """One sample: ids with masks [n], the chosen positions [m], what stood there [m]."""
+    masker = Masker(seed, **OPTIONS | options)
+    return masker(ids, np.array([len(ids)]), np.array([epoch]), np.array([sample]))
 
 
 def sentence(length, seed=0):
@@ -31,7 +37,7 @@ def test_masks_are_those_of_a_token_by_token_oracle(length):
     ids = sentence(length)
     for sample in (0, 13, 1 << 40):
         for epoch in (0, 7):
-            masked, rows, labels = mask_tokens(ids, 5, epoch, sample, **OPTIONS)
+            masked, rows, labels = mask(ids, 5, epoch, sample)
             expected = oracle(ids.tolist(), 5, epoch, sample)
             assert (masked.tolist(), rows.tolist(), labels.tolist()) == expected
 
@@ -41,7 +47,7 @@ def test_a_batch_is_masked_as_its_samples_alone():
     epoch, number = np.array([0, 0, 1, 1]), np.array([5, 9, 0, 2])
     masker = Masker(3, **OPTIONS)
     masked, rows, labels = masker(np.concatenate(samples), np.array([len(s) for s in samples]), epoch, number)
-    alone = [mask_tokens(s, 3, e, n, **OPTIONS) for s, e, n in zip(samples, epoch, number, strict=True)]
+    alone = [mask(s, 3, e, n) for s, e, n in zip(samples, epoch, number, strict=True)]
     begins = np.cumsum([0, *(len(s) for s in samples)])
     assert np.array_equal(masked, np.concatenate([a[0] for a in alone]))
     assert np.array_equal(rows, np.concatenate([begin + a[1] for begin, a in zip(begins, alone, strict=False)]))
@@ -50,24 +56,23 @@ def test_a_batch_is_masked_as_its_samples_alone():
 
 def test_special_tokens_are_never_chosen_and_never_drawn():
     ids = np.tile(sentence(11), 300)
-    masked, rows, labels = mask_tokens(ids, 0, 0, 0, rate=1.0, **OPTIONS)
+    masked, rows, labels = mask(ids, rate=1.0)
     assert (labels >= 5).all() and len(rows) == 300 * 11
     assert np.array_equal(masked[ids < 5], ids[ids < 5])
     assert set(masked[ids >= 5].tolist()) == {4, *range(5, 37)}
 
 
 def test_special_tokens_alone_are_returned_as_they_are():
-    masked, rows, labels = mask_tokens(np.array([2, 3]), 0, 0, 0, **OPTIONS)
+    masked, rows, labels = mask(np.array([2, 3]))
     assert masked.tolist() == [2, 3] and len(rows) == len(labels) == 0
-    assert [len(part) for part in mask_tokens(np.zeros(0, int), 0, 0, 0, **OPTIONS)] == [0, 0, 0]
+    assert [len(part) for part in mask(np.zeros(0, int))] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.15, 0.3, 0.4])
 def test_the_number_of_masks_is_exact_and_their_kinds_are_80_10_10(rate):
-    options = OPTIONS | {"vocab_size": 30_000}
     ids, kinds = np.arange(1000, 1100), []
     for sample in range(600):
-        masked, rows, labels = mask_tokens(ids, 1, 0, sample, rate=rate, **options)
+        masked, rows, labels = mask(ids, 1, 0, sample, rate=rate, vocab_size=30_000)
         assert len(rows) == max(round(rate * 100), 1)
         assert np.array_equal(labels, ids[rows]) and len(set(rows.tolist())) == len(rows)
         untouched = np.setdiff1d(np.arange(100), rows)
@@ -81,16 +86,16 @@ def test_the_number_of_masks_is_exact_and_their_kinds_are_80_10_10(rate):
 def test_every_position_is_chosen_equally_often():
     counts = np.zeros(40)
     for sample in range(2000):
-        counts[mask_tokens(sentence(38), 0, 0, sample, **OPTIONS)[1]] += 1
+        counts[mask(sentence(38), sample=sample)[1]] += 1
     assert counts[0] == counts[-1] == 0
     assert np.abs(counts[1:-1] / 2000 - 6 / 38).max() < 0.04
 
 
 def test_masks_change_with_seed_epoch_and_sample():
     ids = sentence(100)
-    drawn = [mask_tokens(ids, *key, **OPTIONS)[1].tolist() for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    drawn = [mask(ids, *key)[1].tolist() for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert len({tuple(rows) for rows in drawn}) == 4
-    assert mask_tokens(ids, 0, 1, 0, **OPTIONS)[1].tolist() == drawn[2]
+    assert mask(ids, 0, 1, 0)[1].tolist() == drawn[2]
 
 
 def test_whole_words_are_chosen_together():
@@ -101,7 +106,7 @@ def test_whole_words_are_chosen_together():
     words = [{1, 2, 3}, {4}, {5, 6}, {8}, {9, 10}]
     seen = set()
     for sample in range(200):
-        _, rows, labels = mask_tokens(ids, 0, 0, sample, rate=0.3, whole_word=continues, **OPTIONS)
+        _, rows, labels = mask(ids, sample=sample, rate=0.3, is_continuation=continues)
         chosen = set(rows.tolist())
         inside = [word for word in words if word & chosen]
         assert set().union(*inside) == chosen, "no word is chosen in part"
@@ -111,9 +116,67 @@ def test_whole_words_are_chosen_together():
     assert seen == set(map(frozenset, words))
 
 
-@pytest.mark.parametrize("rate", [0, -0.1, 1.5])
-def test_a_rate_out_of_range_is_refused(rate):
-    with pytest.raises(ValueError, match="mask_rate="):
-        mask_tokens(sentence(7), 0, 0, 0, rate=rate, **OPTIONS)
-    with pytest.raises(ValueError, match="vocab_size=5"):
-        Masker(0, mask_id=4, vocab_size=5, special_ids=range(5))
+def test_a_piece_that_begins_a_sample_begins_a_word_whatever_lies_before_it():
+    ids, lengths = np.array([5, 20, 21, 6]), np.array([1, 3])
+    masker = Masker(0, **OPTIONS, rate=0.3, is_continuation=np.arange(37) >= 20)
+    seen = {tuple(masker(ids, lengths, np.full(2, epoch), np.arange(2))[1].tolist()) for epoch in range(40)}
+    assert seen == {(0, 1, 2), (0, 3)}
+
+
+def span_oracle(ids, seed, rate, max_span):
+    """Which tokens are chosen in spans, span by span, with Python integers."""
+    shares = [0.2 * 0.8**n for n in range(max_span)]
+    spans = []
+    for i, token in enumerate(ids):
+        words = philox(fold(seed, 0x3A5C), i)
+        length = 1 + sum(words[3] / 2**32 >= sum(shares[:n]) / sum(shares) for n in range(1, max_span))
+        span = []
+        for at in range(i, min(i + length, len(ids))):
+            if ids[at] < 5:
+                break
+            span.append(at)
+        if token >= 5:
+            spans.append((words[0], i, span))
+    chosen = set()
+    for _, _, span in sorted(spans):
+        if len(chosen) >= max(round(rate * len(spans)), 1):
+            break
+        chosen.update(span)
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("max_span", [1, 2, 10])
+def test_spans_are_those_of_a_span_by_span_oracle(max_span):
+    for seed in range(20):
+        ids = np.concatenate([sentence(length, seed) for length in (1, 2, 37, 13)])
+        for rate in (0.01, 0.15, 0.5, 1.0):
+            masked, rows, labels = mask(ids, seed, rate=rate, unit="span", max_span=max_span)
+            assert rows.tolist() == span_oracle(ids.tolist(), seed, rate, max_span)
+            assert np.array_equal(labels, ids[rows])
+    assert max_span > 1 or np.array_equal(rows, mask(ids, seed, rate=rate)[1]), "spans of one are tokens"
+
+
+def test_spans_are_as_long_as_they_were_in_the_paper():
+    ids, lengths = np.full(2000 * 100, 7), np.full(2000, 100)
+    masker = Masker(0, **OPTIONS, rate=1e-9, unit="span")  # one token is wanted, and its span is taken whole
+    _, rows, _ = masker(ids, lengths, np.zeros(2000, int), np.arange(2000))
+    sizes = np.bincount(rows // 100, minlength=2000)
+    assert sizes.min() == 1 and sizes.max() == 10
+    assert sizes.mean() == pytest.approx(3.8, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rate": 0}, r"mask_rate=0 is not in \(0, 1\]"),
+        ({"rate": -0.1}, r"mask_rate=-0.1"),
+        ({"rate": 1.5}, r"mask_rate=1.5"),
+        ({"unit": "spam"}, "unit='spam' is not one of token, word, span: did you mean 'span'"),
+        ({"unit": "word"}, "unit='word' needs is_continuation"),
+        ({"unit": "span", "max_span": 0}, "max_span=0 is not positive"),
+        ({"vocab_size": 5}, "vocab_size=5 leaves no token"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Masker(0, **OPTIONS | change)

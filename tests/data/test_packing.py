@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minibert.data import PretrainingData, Tokenizer, build_store, split_documents
-from minibert.data.masking import mask_tokens
+from minibert.data.masking import Masker
 from minibert.data.packing import permute
 
 FIELDS = ("input_ids", "token_type_ids", "positions", "cu_seqlens", "seq_ids", "mlm_rows", "mlm_labels", "nsp_labels")
@@ -65,12 +65,13 @@ def test_a_batch_is_its_samples_masked_one_by_one(data, tokenizer):
         "vocab_size": tokenizer.vocab_size,
         "special_ids": tokenizer.special_ids,
     }
-    rows, labels = [], []
+    masker, rows, labels = Masker(7, **special), [], []
     for i, position in enumerate(range(cursor, after)):
         epoch = position // len(data)
         index = permute(7, epoch, position % len(data), len(data))
         pair = data.sampler(epoch, index)
-        ids, chosen, originals = mask_tokens(pair.ids, 7, epoch, index, **special)
+        own = np.array([[len(pair.ids)], [epoch], [index]])
+        ids, chosen, originals = masker(np.asarray(pair.ids, dtype=np.int64), *own)
         here = slice(borders[i], borders[i + 1])
         assert batch.input_ids[here].tolist() == ids.tolist()
         assert batch.token_type_ids[here].tolist() == pair.types.tolist()

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from harness import DTYPES, SEED, repeat_with
 from tolerance import BACKWARD, FORWARD, assert_as_accurate
-from torch._subclasses import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
-from minibert_kernels import attention, philox, reference
-from minibert_kernels.launch import attention_plan
+from minibert_kernels import attention, attention_probs, philox, reference
+from minibert_kernels.launch import attention_plan, attention_short_plan, capability
 
 op = importlib.import_module("minibert_kernels.attention")
-SEED = 0x1234_5678_9ABC
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 LAYOUTS = ("contiguous", "fused projection", "heads first", "dims first", "misaligned", "every second dim")
+LONG = 130  # max_seqlen that many tokens over the longest sequence chooses the long form
 
 
 def kernel(*arguments, **options):
@@ -26,44 +24,99 @@ def offsets(lengths, device="cpu"):
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-def inputs(device, lengths=(5, 0, 17, 1), heads=2, head_size=16, dtype=torch.float32, seed=0):
+def inputs(device, lengths=(5, 0, 17, 1), heads=2, head_size=16, dtype=torch.float32, seed=0, slack=0):
     """q, k, v as views of one fused projection that ask for gradients, an output gradient and cu_seqlens."""
     generator = torch.Generator().manual_seed(seed)
     qkv, dout = torch.randn(2, sum(lengths), 3, heads, head_size, generator=generator).to(device, dtype)
     q, k, v = (x.requires_grad_() for x in qkv.unbind(1))
-    return (q, k, v, offsets(lengths, device), max(lengths, default=0)), dout[:, 0]
+    return (q, k, v, offsets(lengths, device), max(lengths, default=0) + slack), dout[:, 0]
 
 
-def values_and_gradients(call, arguments, dout, **options):
+def gradient_of_lse(dout):
+    """[H, T], a line from -1 to 1."""
+    shape = dout.shape[1], dout.shape[0]
+    return torch.linspace(-1, 1, max(shape[0] * shape[1], 1), device=dout.device)[: shape[0] * shape[1]].view(shape)
+
+
+def values_and_gradients(call, arguments, dout, *, score_bias=None, **options):
+    """By name; with return_lse also lse, and its gradient."""
     q, k, v, *rest = arguments
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = call(*leaves, *rest, **options)
-    grads = torch.autograd.grad(out, leaves, dout.to(out.dtype))
-    return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
+    leaves = {name: x.detach().requires_grad_() for name, x in (("q", q), ("k", k), ("v", v))}
+    bias = {}
+    if score_bias is not None:
+        bias = {"score_bias": score_bias.detach().requires_grad_(score_bias.requires_grad)}
+    outs = call(*leaves.values(), *rest, **bias, **options)
+    outs = dict(zip(("out", "lse"), outs if isinstance(outs, tuple) else (outs,), strict=False))
+    douts = [dout.to(outs["out"].dtype)]
+    if "lse" in outs:
+        douts.append(gradient_of_lse(dout).to(outs["lse"].dtype))
+    leaves |= {name: x for name, x in bias.items() if x.requires_grad}
+    grads = torch.autograd.grad(list(outs.values()), list(leaves.values()), douts)
+    return {name: x.detach() for name, x in outs.items()} | {f"d{n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def widen(options):
+    return {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
+
+
+def gradients_through_the_output(
+    arguments, dout, *, score_bias=None, dropout=0.0, seed=0, seq_ids=None, scale=None, causal=False, window=None,
+    alibi_slopes=None, return_lse=False, schedule=None,
+):  # fmt: skip
+    """By torch in the dtype of the arguments, from P ⊙ (dP - delta + dlse) with delta = rowsum(dout ⊙ out): the formula
+    of every attention that walks over tiles (Dao et al., 2022, Algorithm 4), where delta and dP are rounded apart."""
+    layout = reference.SequenceLayout(*arguments[3:], len(dout))
+    leaves = {name: x.detach().requires_grad_() for name, x in zip(("dq", "dk"), arguments, strict=False)}
+    q, k, v, dout_padded = (layout.pad(x).transpose(1, 2) for x in (*leaves.values(), arguments[2].detach(), dout))
+    terms = layout.score_terms(q.dtype, causal, window, score_bias, alibi_slopes)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + (0 if terms is None else terms)
+    probs = reference.softmax(scores.detach()).requires_grad_()
+    out = (reference.drop_probs(probs, dropout, seed, seq_ids) if dropout else probs) @ v
+    (dprobs,) = torch.autograd.grad(out, probs, dout_padded)
+    delta = (out * dout_padded).sum(-1)
+    if return_lse:
+        delta = delta - layout.pad(gradient_of_lse(dout).mT).mT
+    if score_bias is not None and score_bias.requires_grad:
+        leaves["dscore_bias"] = score_bias
+    dscores = (probs * (dprobs - delta[..., None])).to(scores.dtype)
+    return dict(zip(leaves, torch.autograd.grad(scores, list(leaves.values()), dscores), strict=True))
 
 
 def references(arguments, dout, **options):
     """The reference in the dtype of the arguments, at its worst, and in float64.
 
     A sum over few terms may come out exact by luck; torch is measured on four orders of the head's dims, and each
-    element is the one furthest from float64.
+    element is the one furthest from float64. Gradients of the long form and of the bias are measured by both formulas.
     """
     qkv, rest = arguments[:3], arguments[3:]
-    exact = values_and_gradients(reference.attention, (*(x.double() for x in qkv), *rest), dout.double(), **options)
-    worst = {name: x.to(dout.dtype) for name, x in exact.items()}
+    wide = widen(options)
+    exact = values_and_gradients(reference.attention, (*(x.double() for x in qkv), *rest), dout.double(), **wide)
+    plan = attention_short_plan(dout.shape[2], op._element_size(dout), capability(dout.device), rest[1], "bwd")
+    both = {"dq", "dk", "dscore_bias"} if plan is None else {"dscore_bias"}
+    results = []
     for shift in range(4):
         rolled = [x.detach().roll(shift, -1) for x in (*qkv, dout)]
-        for name, x in values_and_gradients(reference.attention, (*rolled[:3], *rest), rolled[3], **options).items():
-            x = x.roll(-shift, -1)
-            further = (x - exact[name]).abs() >= (worst[name] - exact[name]).abs()
-            worst[name] = torch.where(further | ~x.isfinite(), x, worst[name])
+        found = values_and_gradients(reference.attention, (*rolled[:3], *rest), rolled[3], **options)
+        other = gradients_through_the_output((*rolled[:3], *rest), rolled[3], **options) if both & found.keys() else {}
+        for gradients in (found, {name: x for name, x in other.items() if name in both}):
+            results += [
+                (name, x.roll(-shift, -1) if name in ("out", "dq", "dk", "dv") else x) for name, x in gradients.items()
+            ]
+    worst = {}
+    for name, x in results:
+        before = worst.setdefault(name, x)
+        further = (x - exact[name]).abs() >= (before - exact[name]).abs()
+        worst[name] = torch.where(further | ~x.isfinite(), x, before)
     return worst, exact
 
 
 def check(arguments, dout, **options):
     ours = values_and_gradients(kernel, arguments, dout, **options)
     torchs, exact = references(arguments, dout, **options)
-    assert_as_accurate(ours["out"], torchs["out"], exact["out"], factor=FORWARD)
+    assert ours.keys() == exact.keys()
+    for name in ours.keys() - {"dq", "dk", "dv"}:
+        factor = BACKWARD if name.startswith("d") else FORWARD
+        assert_as_accurate(ours[name], torchs[name], exact[name], factor=factor, name=name)
     # of the fused projection: dq and dk are differences of nearly equal numbers, whose error comes from those of dv
     fused = [torch.stack([x["dq"], x["dk"], x["dv"]], 1) for x in (ours, torchs, exact)]
     assert_as_accurate(*fused, factor=BACKWARD, name="gradient of [T, 3, H, d]")
@@ -83,15 +136,21 @@ class Case:
     causal: bool = False
     window: int | None = None
     slack: int = 0
+    bias: str = (
+        ""  # letters of "bh" that have a size of their own, "g" asks for a gradient, "-" hides keys, "t" transposed
+    )
+    alibi: bool = False
+    lse: bool = False
+    schedule: bool = False
 
     @classmethod
     def draw(cls, seed):
         rng = random.Random(seed)
         lengths = rng.choice(
-            [(), (0,), (13, 7), (16,), (17, 0, 32), (33, 1), (70,), (64, 9), (3, 2, 1, 0, 5)]
+            [(), (0,), (13, 7), (16,), (17, 0, 32), (33, 1), (70,), (64, 9), (3, 2, 1, 0, 5), (140,)]
             + [(rng.randint(2, 25), *(rng.randint(0, 25) for _ in range(rng.randint(0, 2))))] * 6
         )
-        return cls(
+        case = cls(
             seed=seed,
             lengths=lengths,
             heads=rng.choice([1, 1, 2, 3]),
@@ -103,8 +162,22 @@ class Case:
             scale=rng.choice([None, None, 0.3, 1.0]),
             causal=rng.random() < 0.3,
             window=rng.choice([None, None, 1, 3, 20]),
-            slack=rng.choice([0, 0, 1, 60]),
+            slack=rng.choice([0, 1, 60, LONG, LONG]),
+            alibi=rng.random() < 0.25,
+            lse=rng.random() < 0.25,
+            schedule=rng.random() < 0.5,
+            bias=rng.choice(["", "", "1", "g", "hg", "bg", "bhg-", "hgt", "b-", "g-t"]),
         )
+        return case
+
+    def score_bias(self, generator, device):
+        size = max(self.lengths, default=0) + self.slack
+        shape = len(self.lengths) if "b" in self.bias else 1, self.heads if "h" in self.bias else 1, size, size
+        bias = torch.randn(shape, generator=generator)
+        if "-" in self.bias:
+            bias = bias.masked_fill(torch.rand(shape, generator=generator) < 0.3, float("-inf"))
+        bias = bias.to(device, self.dtype if self.seed % 2 else torch.float32)
+        return (bias.mT if "t" in self.bias else bias).requires_grad_("g" in self.bias)
 
     def run(self, device):
         generator = torch.Generator().manual_seed(self.seed)
@@ -113,11 +186,18 @@ class Case:
         tensors[0] *= self.head_size**-0.5 / (self.scale or self.head_size**-0.5)  # scores of about 1
         q, k, v, dout = (arrange(x.to(self.dtype), y) for x, y in zip(tensors, self.layouts, strict=True))
         seq_ids = torch.randint(-(2**62), 2**62, (len(self.lengths),), generator=generator).to(device)
+        cu_seqlens = offsets(self.lengths, device)
         check(
-            (q, k, v, offsets(self.lengths, device), max(self.lengths, default=0) + self.slack), dout,
+            (q, k, v, cu_seqlens, max(self.lengths, default=0) + self.slack), dout,
             dropout=self.dropout, seed=self.seed << 30, seq_ids=seq_ids if self.seq_ids else None, scale=self.scale,
-            causal=self.causal, window=self.window,
+            causal=self.causal, window=self.window, return_lse=self.lse,
+            score_bias=self.score_bias(generator, device) if self.bias else None,
+            alibi_slopes=torch.rand(self.heads, generator=generator).to(device) if self.alibi else None,
+            schedule=op.attention_schedule(cu_seqlens, len(q)) if self.schedule else None,
         )  # fmt: skip
+
+
+both_forms = pytest.mark.parametrize("slack", [pytest.param(0, id="short"), pytest.param(LONG, id="long")])
 
 
 def arrange(x, layout):
@@ -139,14 +219,10 @@ def arrange(x, layout):
     return view.copy_(x)
 
 
-@pytest.mark.parametrize("seed", range(120))
-def test_any_call_is_as_accurate_as_torch(seed, device, poisoned):
-    case = Case.draw(seed)
-    try:
+def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
+    case = Case.draw(fuzz_seed)
+    with repeat_with(case, device):
         case.run(device)
-    except BaseException as error:
-        error.add_note(f"repeat with: {case!r}.run({device!r})")
-        raise
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -156,12 +232,24 @@ def test_values_and_gradients_at_the_head_sizes_of_berts(head_size, dtype, dropo
     Case(seed=head_size, lengths=(130, 7, 64), heads=1, head_size=head_size, dtype=dtype, dropout=dropout).run(device)
 
 
+@pytest.mark.parametrize("slack", [0, LONG])
+@pytest.mark.parametrize("head_size", [32, 64, 80, 128])
+def test_the_tiles_of_float32_are_right_too(head_size, slack, device, poisoned, monkeypatch):
+    monkeypatch.setattr(op, "_element_size", lambda q: 4)
+    options = {"bias": "hg", "lse": True, "dropout": 0.1, "slack": slack, "schedule": True}
+    Case(seed=head_size, lengths=(20, 9), heads=2, head_size=head_size, **options).run(device)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("head_size", [32, 64, 128])
-def test_bfloat16_values_and_gradients_of_long_sequences(head_size, dropout):
-    lengths = (512, 1, 0, 300, 1024, 77)
-    Case(seed=1, lengths=lengths, heads=12, head_size=head_size, dtype=torch.bfloat16, dropout=dropout).run("cuda")
+@pytest.mark.parametrize("head_size", [16, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize(
+    "extras", [{}, {"bias": "hg", "alibi": True, "lse": True, "schedule": True}], ids=["", "extras"]
+)
+@pytest.mark.parametrize("lengths", [(512, 1, 0, 300, 1024, 77), (128, 1, 0, 77, 128), (64, 0, 3), (30, 17)])
+def test_bfloat16_values_and_gradients_on_a_gpu(lengths, extras, head_size, dropout):
+    case = Case(seed=1, lengths=lengths, heads=12, head_size=head_size, dtype=torch.bfloat16, dropout=dropout, **extras)
+    case.run("cuda")
 
 
 def test_a_wrong_kernel_is_seen(device, monkeypatch):
@@ -170,21 +258,20 @@ def test_a_wrong_kernel_is_seen(device, monkeypatch):
         Case(seed=0, lengths=(32, 13), dropout=0.5).run(device)
 
 
-def test_the_same_call_gives_the_same_bits_250_times(device):
-    arguments, dout = inputs(device, (9,), 1)
-    first = values_and_gradients(kernel, arguments, dout, dropout=0.3, seed=SEED)
-    for _ in range(249):
-        again = values_and_gradients(kernel, arguments, dout, dropout=0.3, seed=SEED)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+def test_a_wrong_bias_gradient_is_seen(device, monkeypatch):
+    monkeypatch.setattr(op, "_run_dbias", lambda q, tensors, *_: tensors[-1].fill_(1e-3))
+    with pytest.raises(AssertionError, match="dscore_bias: error"):
+        Case(seed=0, lengths=(32, 13), bias="g").run(device)
 
 
+@both_forms
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_draws_the_mask_of_the_numpy_twin(p, device):
+def test_dropout_draws_the_mask_of_the_numpy_twin(p, slack, device):
     length, heads, seq_ids = 100, 2, np.array([7, (5 << 32) + 3, -2])
     q = torch.zeros(3 * length, heads, length, device=device)
     v = torch.eye(length, device=device).repeat(3, 1)[:, None].expand(-1, heads, -1)
     seq_tensor = torch.from_numpy(seq_ids).to(device)
-    out = kernel(q, q, v, offsets([length] * 3, device), length, dropout=p, seed=SEED, seq_ids=seq_tensor)
+    out = kernel(q, q, v, offsets([length] * 3, device), length + slack, dropout=p, seed=SEED, seq_ids=seq_tensor)
     kept = (out != 0).view(3, length, heads, length).transpose(1, 2).cpu().numpy()
 
     seq, head, row, col = np.ogrid[:3, :heads, :length, :length]
@@ -203,9 +290,10 @@ def test_the_seed_may_be_an_int_of_any_size_or_a_tensor(device):
     assert not torch.equal(out, kernel(*arguments, dropout=0.5, seed=-3 + (1 << 40)))
 
 
-def test_packed_padded_and_rebatched_sequences_agree(device):
+@both_forms
+def test_packed_padded_and_rebatched_sequences_agree(slack, device):
     lengths, longest, ids = (5, 17, 11), 17, torch.tensor([3, 1 << 40, 8], device=device)
-    arguments, dout = inputs(device, lengths)
+    arguments, dout = inputs(device, lengths, slack=slack)
     options = {"dropout": 0.4, "seed": SEED}
     packed = values_and_gradients(kernel, arguments, dout, seq_ids=ids, **options)
     rows = [slice(sum(lengths[:i]), sum(lengths[: i + 1])) for i in range(3)]
@@ -215,12 +303,12 @@ def test_packed_padded_and_rebatched_sequences_agree(device):
     padded = [torch.ones(3 * longest, 2, 16, device=device).index_copy(0, slots, x) for x in (*arguments[:3], dout)]
     cuts = offsets([n for length in lengths for n in (length, longest - length)], device)
     padded_ids = torch.stack([ids, ids + 100], 1).flatten()
-    apart = values_and_gradients(kernel, (*padded[:3], cuts, longest), padded[3], seq_ids=padded_ids, **options)
+    apart = values_and_gradients(kernel, (*padded[:3], cuts, longest + slack), padded[3], seq_ids=padded_ids, **options)
     # re-batched: in another order, without the second
     order = torch.cat([torch.arange(sum(lengths), device=device)[rows[i]] for i in (2, 0)])
     fewer = [x[order] for x in (*arguments[:3], dout)]
     cuts = offsets([lengths[2], lengths[0]], device)
-    other = values_and_gradients(kernel, (*fewer[:3], cuts, longest), fewer[3], seq_ids=ids[[2, 0]], **options)
+    other = values_and_gradients(kernel, (*fewer[:3], cuts, longest + slack), fewer[3], seq_ids=ids[[2, 0]], **options)
     for name, expected in packed.items():
         assert torch.equal(apart[name][slots], expected), name
         assert torch.equal(other[name], expected[order]), name
@@ -243,28 +331,31 @@ def check_cancelling(arguments, dout, largest_score, **options):
         assert (ours[name] - exact[name]).abs().max() <= 2 * grain * size, name
 
 
+@both_forms
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_large_logits_come_out_as_the_reference_has_them(dtype, dropout, device, poisoned):
-    (q, k, v, *rest), dout = inputs(device, (37, 20), dtype=dtype)
+def test_large_logits_come_out_as_the_reference_has_them(dtype, dropout, slack, device, poisoned):
+    (q, k, v, *rest), dout = inputs(device, (37, 20), dtype=dtype, slack=slack)
     q, k = q.detach() * 100, k.detach() * 30
     largest_score = torch.einsum("thd,shd->hts", q.double(), k.double()).abs().max().item() / 4
     assert largest_score > 1e4
     check_cancelling((q, k, v, *rest), dout, largest_score, dropout=dropout)
 
 
+@both_forms
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_query_that_sees_one_key_returns_its_value(dtype, dropout, device, poisoned):
-    arguments, dout = inputs(device, (1, 0, 37, 1), dtype=dtype)
+def test_a_query_that_sees_one_key_returns_its_value(dtype, dropout, slack, device, poisoned):
+    arguments, dout = inputs(device, (1, 0, 37, 1), dtype=dtype, slack=slack)
     check_cancelling(arguments, dout, 10.0, dropout=dropout, window=0)
     assert torch.equal(kernel(*arguments, window=0), arguments[2])
 
 
+@both_forms
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_infinities_and_nan_pass_through_as_in_torch(which, value, device, poisoned):
-    (*qkv, cu_seqlens, longest), _ = inputs(device, (37, 20))
+def test_infinities_and_nan_pass_through_as_in_torch(which, value, slack, device, poisoned):
+    (*qkv, cu_seqlens, longest), _ = inputs(device, (37, 20), slack=slack)
     qkv = [x.detach().clone() for x in qkv]
     qkv[which][3, 1, 5] = value
     ours = kernel(*qkv, cu_seqlens, longest)
@@ -276,29 +367,15 @@ def test_infinities_and_nan_pass_through_as_in_torch(which, value, device, poiso
     assert ours[37:].isfinite().all()
 
 
+@both_forms
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)])
-def test_no_tokens_give_empty_values_and_gradients(lengths, device):
-    arguments, dout = inputs(device, lengths)
-    results = values_and_gradients(kernel, arguments, dout, dropout=0.1)
+def test_no_tokens_give_empty_values_and_gradients(lengths, slack, device):
+    arguments, dout = inputs(device, lengths, slack=slack)
+    bias = torch.ones(1, 2, slack, slack, device=device, requires_grad=True)
+    results = values_and_gradients(kernel, arguments, dout, dropout=0.1, score_bias=bias, return_lse=True)
+    assert torch.equal(results.pop("dscore_bias"), torch.zeros_like(bias))
+    assert results.pop("lse").shape == (2, 0)
     assert all(x.shape == (0, 2, 16) for x in results.values())
-
-
-def test_offsets_beyond_2_31_elements_are_right_in_the_interpreter(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a CUDA device: the gpu test covers it")
-    far = 2**30 + 16
-    memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * far, dtype=torch.float16)  # 6 GB of holes
-    arguments, dout = inputs("cpu", (3,), 3, 3, torch.float16)
-    near = values_and_gradients(kernel, arguments, dout, dropout=0.2)
-    with torch.no_grad():
-        for strides in ((far, 16, 1), (3, far, 1), (3, 16, far)):
-            q, k, v, dout_far = (
-                memory.as_strided((3, 3, 3), strides, storage_offset=100 * i).copy_(x)
-                for i, x in enumerate((*arguments[:3], dout))
-            )
-            with torch.enable_grad():
-                distant = values_and_gradients(kernel, (q, k, v, *arguments[3:]), dout_far, dropout=0.2)
-            assert all(torch.equal(distant[name], near[name]) for name in near), strides
 
 
 @pytest.mark.gpu
@@ -316,32 +393,100 @@ def test_offsets_beyond_2_31_elements_are_right_on_a_gpu():
     assert all(torch.equal(full[name][last], few[name]) for name in few)
 
 
-def test_the_registered_ops_pass_opcheck(device):
-    (q, k, v, cu_seqlens, longest), dout = inputs(device)
-    seed, seq_ids = torch.tensor(3, device=device), torch.arange(4, device=device)
-    for dropout, ids, left, right in ((0.5, seq_ids, None, None), (0.0, None, 3, 0)):
-        options = (cu_seqlens, ids, seed if dropout else None, longest, 0.25, dropout, left, right)
-        torch.library.opcheck(op._forward, (q, k, v, *options))
-        qkv = [x.detach() for x in (q, k, v)]
-        torch.library.opcheck(op._backward, (dout, *qkv, *op._forward(*qkv, *options), *options))
+@both_forms
+def test_a_bias_of_minus_infinity_hides_keys_and_an_empty_row_is_zero(slack, device, poisoned):
+    arguments, dout = inputs(device, (5, 3), slack=slack)
+    size = arguments[4]
+    bias = torch.zeros(2, 1, size, size, device=device)
+    bias[0, :, :, 1:3] = bias[1, :, 2] = float("-inf")
+    bias.requires_grad_()
+    results = values_and_gradients(kernel, arguments, dout, score_bias=bias, return_lse=True)
+    first = [x.detach()[:5] for x in arguments[:3]]
+    expected = reference.attention(*first, offsets([5], device), 5, score_bias=bias.detach()[:1, :, :5, :5])
+    assert torch.allclose(results["out"][:5], expected, atol=1e-6)
+    assert (results["out"][7] == 0).all() and (results["lse"][:, 7] == -float("inf")).all()
+    assert all(x.isfinite().all() for name, x in results.items() if name != "lse")
+    assert (results["dk"][1:3] == 0).all() and (results["dq"][7] == 0).all()
+    assert (results["dscore_bias"][1, :, 2] == 0).all() and (results["dscore_bias"][0, :, :, 1:3] == 0).all()
+
+
+@both_forms
+def test_the_bias_kernel_runs_only_for_a_bias_that_asks_for_a_gradient(slack, device, monkeypatch):
+    arguments, dout = inputs(device, slack=slack)
+    calls = []
+    monkeypatch.setattr(op, "_run_dbias", lambda q, tensors, *_: calls.append(tensors[-1].zero_()))
+    bias = torch.randn(1, 2, arguments[4], arguments[4], device=device)
+    values_and_gradients(kernel, arguments, dout, score_bias=bias)
+    assert not calls
+    values_and_gradients(kernel, arguments, dout, score_bias=bias.requires_grad_())
+    assert len(calls) == 1
+
+
+@both_forms
+def test_alibi_is_a_bias_that_falls_with_the_distance(slack, device):
+    arguments, dout = inputs(device, slack=slack)
+    slopes = torch.tensor([0.5, 0.0625], device=device)
+    index = torch.arange(arguments[4], device=device)
+    bias = -slopes[:, None, None] * (index[:, None] - index).abs()
+    for call in (kernel, reference.attention):
+        ours = values_and_gradients(call, arguments, dout, alibi_slopes=slopes)
+        theirs = values_and_gradients(call, arguments, dout, score_bias=bias[None])
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+    probs = attention_probs(*arguments[:2], *arguments[3:], alibi_slopes=slopes)
+    torch.testing.assert_close(probs, attention_probs(*arguments[:2], *arguments[3:], score_bias=bias[None]))
+
+
+@both_forms
+def test_the_returned_lse_is_the_natural_logarithm_of_the_sum_of_exponentials(slack, device):
+    (q, k, v, cu_seqlens, longest), _ = inputs(device, (4, 9), slack=slack)
+    out, lse = kernel(q, k, v, cu_seqlens, longest, dropout=0.3, return_lse=True)
+    scores = torch.einsum("ihd,jhd->hij", q.double(), k.double()) / 4
+    expected = torch.cat([scores[:, :4, :4].logsumexp(-1), scores[:, 4:, 4:].logsumexp(-1)], 1)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out, kernel(q, k, v, cu_seqlens, longest, dropout=0.3))
+    # it has a gradient of its own
+    ours = torch.autograd.grad(lse.square().sum(), (q, k))
+    theirs = torch.autograd.grad(expected.square().sum(), (q, k))
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "causal": True}, {"window": 40}])
+@pytest.mark.parametrize("head_size", [16, 128])
+def test_a_schedule_changes_no_bit(head_size, options, device, poisoned):
+    arguments, dout = inputs(device, (5, 0, 140, 129), 1, head_size=head_size)
+    schedule = op.attention_schedule(arguments[3], len(dout))
+    sorted_, natural = (
+        values_and_gradients(kernel, arguments, dout, schedule=table, **options) for table in (schedule, None)
+    )
+    assert all(torch.equal(sorted_[name], natural[name]) for name in natural)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(), (0,), (1,), (128,), (129, 5), (5, 129), (0, 300, 128, 0, 1, 300), (127,) * 5, (130,) * 3]
+)
+def test_a_schedule_names_every_tile_once_the_longest_sequence_first(lengths, device):
+    table = op.attention_schedule(offsets(lengths, device), sum(lengths))
+    assert table.dtype == torch.int32 and table.shape == (sum(lengths) // 128 + len(lengths), 2)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    expected = [[i, tile] for i in order for tile in range(-(-lengths[i] // 128))]
+    assert table.tolist() == expected + [[-1, -1]] * (len(table) - len(expected))
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.4, "seed": 4}, {"causal": True}, {"window": 2}])
-def test_the_reference_passes_gradcheck(options):
+@pytest.mark.parametrize("extras", [False, True])
+def test_the_reference_passes_gradcheck(options, extras):
     (q, k, v, *rest), _ = inputs("cpu", (3, 0, 5), 2, 3)
     tensors = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *qkv: reference.attention(*qkv, *rest, **options), tensors)
+    if extras:
+        tensors += [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((1, 2, 5, 5), (2,))]
 
+    def call(q, k, v, bias=None, slopes=None):
+        return reference.attention(q, k, v, *rest, score_bias=bias, alibi_slopes=slopes, return_lse=extras, **options)
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_graph_gives_the_same_bits(backend, device):
-    arguments, dout = inputs(device)
-    compiled = torch.compile(kernel, fullgraph=True, backend=backend)
-    for seed in (3, 4, torch.tensor(3, device=device)):
-        options = {"dropout": 0.5, "seed": seed, "causal": True}
-        graph, plain = (values_and_gradients(call, arguments, dout, **options) for call in (compiled, kernel))
-        assert all(torch.equal(graph[name], plain[name]) for name in plain)
-    torch._dynamo.reset()
+    assert torch.autograd.gradcheck(call, tensors)
 
 
 def test_under_autocast_the_kernel_runs_in_the_dtype_of_autocast(device):
@@ -352,38 +497,6 @@ def test_under_autocast_the_kernel_runs_in_the_dtype_of_autocast(device):
     half = values_and_gradients(kernel, (q.half(), k.half(), v.half(), *rest), dout)
     assert out.dtype == torch.float16 and dq.dtype == dk.dtype == torch.float32
     assert torch.equal(out, half["out"]) and torch.equal(dq, half["dq"].float())
-
-
-def test_an_exported_program_runs_the_op(device):
-    class Attention(torch.nn.Module):
-        def forward(self, q, k, v, cu_seqlens):
-            return kernel(q, k, v, cu_seqlens, 17, dropout=0.5, seed=3)
-
-    arguments = tuple(x.detach() for x in inputs(device)[0][:4])
-    program = torch.export.export(Attention(), arguments)
-    assert "minibert.attention_fwd" in str(program.graph)
-    assert torch.equal(program.module()(*arguments), Attention()(*arguments))
-
-
-def test_fake_tensors_get_shapes_strides_and_dtypes_of_the_real_ones(device):
-    def run():
-        q, k, v = torch.zeros(2, 13, 3, 37, dtype=torch.float16, device=device, requires_grad=True).permute(2, 1, 0, 3)
-        out = kernel(q, k, v, torch.zeros(2, dtype=torch.int32, device=device), 13, dropout=0.5)
-        return [(x.shape, x.stride(), x.dtype) for x in (out, *torch.autograd.grad(out.sum(), (q, k, v)))]
-
-    with FakeTensorMode():
-        fake = run()
-    assert fake == run()
-
-
-def test_activation_checkpointing_draws_the_same_mask(device):
-    arguments, dout = inputs(device)
-
-    def checkpointed(*arguments, **options):
-        return checkpoint(lambda *t: kernel(*t, **options), *arguments, use_reentrant=False)
-
-    ours, plain = (values_and_gradients(call, arguments, dout, dropout=0.5, seed=3) for call in (checkpointed, kernel))
-    assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +517,20 @@ def test_activation_checkpointing_draws_the_same_mask(device):
         ({"seq_ids": torch.arange(1.0)}, r"seq_ids is torch.float32 \[1\]"),
         ({"seed": torch.zeros(2), "dropout": 0.1}, r"seed is torch.float32 \[2\]"),
         ({"backend": "cuda"}, "backend='cuda' is not one of auto, triton, reference"),
-        ({"score_bias": torch.zeros(1, 1, 5, 5), "backend": "triton"}, "'triton' takes no score_bias"),
+        (
+            {"score_bias": torch.zeros(1, 5, 5)},
+            r"score_bias is torch.float32 \[1, 5, 5\]: expected a floating dtype and",
+        ),
+        ({"score_bias": torch.zeros(1, 1, 5, 6)}, r"expected a floating dtype and \[1 or 1, 2 or 1, 5, 5\]"),
+        ({"score_bias": torch.zeros(1, 3, 5, 5)}, r"score_bias is torch.float32 \[1, 3, 5, 5\]"),
+        ({"score_bias": torch.zeros(1, 1, 5, 5).int()}, "score_bias is torch.int32"),
+        ({"score_bias": torch.zeros(1, 1, 5, 5, device="meta")}, "score_bias is on meta, q is on cpu"),
+        ({"score_bias": torch.zeros(1, 1, 5, 5).double(), "backend": "triton"}, "takes no score_bias in float64"),
+        ({"alibi_slopes": torch.zeros(3)}, r"alibi_slopes is torch.float32 \[3\]: expected torch.float32 \[2\]"),
+        ({"alibi_slopes": torch.zeros(2).half()}, r"alibi_slopes is torch.float16 \[2\]"),
+        ({"alibi_slopes": torch.zeros(2, requires_grad=True), "backend": "triton"}, "gives alibi_slopes no gradient"),
+        ({"schedule": torch.zeros(2, 2).int()}, r"schedule is torch.int32 \[2, 2\]: expected torch.int32 \[1, 2\]"),
+        ({"schedule": torch.zeros(1, 2)}, r"schedule is torch.float32 \[1, 2\]"),
         ({"scale": -1.0, "backend": "triton"}, "'triton' takes scale > 0, got -1.0"),
     ],
 )
@@ -421,18 +547,45 @@ def test_what_the_kernel_cannot_do_runs_the_reference(device):
     with pytest.raises(ValueError, match="'triton' takes head sizes up to 128, got 130"):
         kernel(q, k, v, *rest)
     assert torch.equal(attention(q, k, v, *rest), reference.attention(q, k, v, *rest))
-    bias = torch.randn(1, 2, 17, 17, device=device)
-    out = attention(q, k, v, *rest, score_bias=bias)
-    assert not torch.equal(out, attention(q, k, v, *rest))
-    assert torch.equal(out, reference.attention(q, k, v, *rest, score_bias=bias))
+    slopes = torch.rand(2, device=device, requires_grad=True)
+    attention(q, k, v, *rest, alibi_slopes=slopes).sum().backward()
+    assert slopes.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("direction", ["fwd", "dq", "dkdv"])
+@pytest.mark.parametrize("direction", ["fwd", "dq", "dkdv", "dbias"])
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
 def test_plans_fit_the_call(capability, direction):
     for head_size, block_d in ((1, 16), (16, 16), (37, 64), (64, 64), (65, 128), (128, 128)):
         for element_size in (2, 4):
             for max_seqlen, longest in ((1, 16), (16, 16), (17, 32), (512, 512)):
-                plan = attention_plan(head_size, element_size, capability, max_seqlen, direction)
-                assert plan.block_d == block_d
-                assert 16 <= plan.block_m <= longest and 16 <= plan.block_n <= longest
+                for bias in (False, True):
+                    plan = attention_plan(head_size, element_size, capability, max_seqlen, direction, bias)
+                    assert plan.block_d == block_d
+                    assert 16 <= plan.block_m <= longest and 16 <= plan.block_n <= longest
+                    assert op.SCHEDULE_TILE % plan.block_m == op.SCHEDULE_TILE % plan.block_n == 0
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+def test_short_plans_hold_a_whole_sequence(capability, direction):
+    found = 0
+    for head_size in (1, 16, 37, 64, 65, 128):
+        for element_size in (2, 4):
+            for max_seqlen in (1, 16, 17, 64, 100, 128, 129, 512):
+                plan = attention_short_plan(head_size, element_size, capability, max_seqlen, direction)
+                if plan is not None:
+                    assert max_seqlen <= plan.block_m == plan.block_n <= 128 and plan.block_d >= head_size
+                    found += 1
+    assert found >= 12
+    assert attention_short_plan(64, 2, capability, 129, direction) is None
+    assert (attention_short_plan(64, 2, capability, 128, direction) is None) == (
+        direction == "bwd" and capability // 10 not in (9, 10)
+    )
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_cases_to_compile_have_names_of_their_own(capability):
+    names = [(case.direction, case.label) for case in op.aot_cases(capability)]
+    assert len(set(names)) == len(names) <= 45
+    for head_size in (16, 32, 64, 80, 96, 128):
+        assert {direction for direction, label in names if f"d={head_size} " in f"{label} "} == {"fwd", "bwd"}

@@ -7,8 +7,11 @@ from minibert_kernels import dispatch, traffic
 from minibert_kernels._triton import tl, triton
 
 pytestmark = pytest.mark.skipif(not dispatch.interpreting(), reason="counts in the interpreter")
-# ops that multiply matrices read their operands again in a second kernel; the others are held to the minimum
-MULTIPLIES = {"attention"}
+# the rows of all other ops are held to the minimum
+LIMITS = {
+    "attention S=256": 1.6,  # the long form reads its operands again in a second kernel
+    "embed_norm ": 2.5,  # the gradient of the sum is written once, in float32, and read for each of three tables
+}
 
 
 @pytest.mark.parametrize("case", traffic.cases(), ids=lambda case: f"{case.op} {case.label}")
@@ -16,7 +19,7 @@ def test_default_plans_move_hardly_more_than_the_minimum(case):
     found = traffic.count(case)
     assert 1 <= found.forward_over_minimum <= 1.05
     if case.backward:
-        assert 1 <= found.backward_over_minimum <= (1.6 if case.op in MULTIPLIES else 1.05)
+        assert 1 <= found.backward_over_minimum <= LIMITS.get(f"{case.op} {case.label}", 1.05)
     assert found.saved >= 0
 
 

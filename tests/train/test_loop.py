@@ -56,6 +56,7 @@ def crash_at(cursor):
         ("pretraining", {}),
         ("pretraining", {"accumulate": 2}),
         ("classification", {"dtype": "bfloat16"}),
+        ("pretraining", {"optimizer": "lamb"}),
     ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, kind, changes):
@@ -104,13 +105,14 @@ def test_runs_killed_at_random_moments_end_as_the_one_that_was_not(tmp_path):
     assert_runs_are_equal(tmp_path / "whole", tmp_path / "cut", 30)
 
 
-def test_training_lowers_the_loss_and_leaves_torchs_generator_alone(tmp_path):
+@pytest.mark.parametrize(("optimizer", "lr"), [("adamw", 1e-2), ("lamb", 0.1)])
+def test_training_lowers_the_loss_and_leaves_torchs_generator_alone(tmp_path, optimizer, lr):
     model = make_model(hidden_dropout_prob=0.0)
     state = torch.get_rng_state()
     run(
         tmp_path,
         model=model,
-        config=make_config(steps=40, lr=1e-2),
+        config=make_config(steps=40, lr=lr, optimizer=optimizer),
         data=Stream(sizes=(32,)),
     )
     assert torch.equal(state, torch.get_rng_state())
@@ -334,6 +336,7 @@ def test_the_checkpoint_names_what_made_it(tmp_path):
         ({"warmup": 10}, "warmup=10 is neither"),
         ({"seed": -1}, "seed=-1"),
         ({"seed": 2**63}, "seed=9223372036854775808"),
+        ({"optimizer": "lam"}, "optimizer='lam' is not one of adamw, lamb: did you mean 'lamb'"),
         ({"schedule": "linea"}, "schedule='linea' is not one of linear, constant: did you mean 'linear'"),
         ({"dtype": "float16"}, "dtype='float16' is not one of float32, bfloat16"),
         ({"best_mode": "most"}, "best_mode='most'"),
@@ -354,8 +357,9 @@ def test_warmup_is_a_number_of_steps_or_a_fraction():
 
 
 @pytest.mark.gpu
-def test_a_resumed_run_equals_one_that_never_stopped_on_a_gpu(tmp_path):
-    config = make_config(device="cuda")
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_resumed_run_equals_one_that_never_stopped_on_a_gpu(tmp_path, optimizer):
+    config = make_config(device="cuda", optimizer=optimizer)
     run(tmp_path / "whole", "pretraining", config=config)
     with pytest.raises(Crash):
         run(tmp_path / "cut", "pretraining", config=config, data=Stream("pretraining", before=crash_at(40)))

@@ -2,7 +2,12 @@ import pytest
 import torch
 from tiny_run import make_model
 
-from minibert.train.optim import adamw, load_optimizer_state, optimizer_state, param_groups
+from minibert.train.optim import OPTIMIZERS, Lamb, adamw, lamb, load_optimizer_state, optimizer_state, param_groups
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def build(request):
+    return OPTIMIZERS[request.param]
 
 
 def step(model, optimizer, seed):
@@ -45,9 +50,68 @@ def test_adamw_makes_the_step_of_its_formula():
     torch.testing.assert_close(model.bias.detach(), bias - 0.1 * model.bias.grad / (model.bias.grad.abs() + 1e-6))
 
 
-def test_the_optimizer_state_survives_bit_for_bit():
+def test_lamb_makes_the_step_of_its_formula_and_biases_that_of_adamw():
+    model, twin = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    twin.load_state_dict(model.state_dict())
+    before = model.weight.detach().clone()
+    optimizer, other = lamb(model, lr=0.1, weight_decay=0.5), adamw(twin, lr=0.1, weight_decay=0.5)
+    step(model, optimizer, 0)
+    step(twin, other, 0)
+    u = model.weight.grad / (model.weight.grad.abs() + 1e-6) + 0.5 * before
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * before.norm() / u.norm() * u)
+    torch.testing.assert_close(model.bias, twin.bias)
+
+
+def test_a_step_of_lamb_moves_every_matrix_by_the_same_share():
+    model = make_model("pretraining")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step(model, lamb(model, lr=0.03, weight_decay=0.0), 0)
+    for name, p in model.named_parameters():
+        if p.ndim >= 2:
+            share = (p - before[name]).norm() / before[name].norm()
+            assert share.item() == pytest.approx(0.03, rel=1e-3), name
+
+
+def test_parameters_of_lamb_count_their_own_steps():
+    model, alone = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    alone.load_state_dict(model.state_dict())
+    optimizer, other = (Lamb(m.parameters(), lr=0.1) for m in (model, alone))
+    model.bias.grad = torch.ones(2)
+    for _ in range(3):
+        optimizer.step()
+    assert list(optimizer.state) == [model.bias]
+    for m, o in ((model, optimizer), (alone, other)):
+        m.weight.grad, m.bias.grad = torch.ones(2, 3), None
+        o.step()
+    assert torch.equal(model.weight, alone.weight)
+    assert optimizer.state[model.weight]["step"] == 1 and optimizer.state[model.bias]["step"] == 3
+
+
+def test_lamb_runs_its_closure_with_gradients_and_reads_groups_of_their_own():
+    fast, slow = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    optimizer = Lamb([{"params": [fast]}, {"params": [slow], "lr": 0.01, "trust_clip": 0.5}], lr=0.1, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = fast.sum() + slow.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 8
+    torch.testing.assert_close(fast.detach(), torch.full((4,), 0.9))
+    torch.testing.assert_close(slow.detach(), torch.full((4,), 1 - 0.005))
+
+
+def test_lamb_names_the_option_that_makes_no_sense():
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    with pytest.raises(ValueError, match=r"betas=\(0.9, 1.0\) are not in \[0, 1\)"):
+        Lamb([p], betas=(0.9, 1.0)).step()
+
+
+def test_the_optimizer_state_survives_bit_for_bit(build):
     models = [make_model("pretraining") for _ in range(2)]
-    optimizers = [adamw(model, 1e-2) for model in models]
+    optimizers = [build(model, 1e-2) for model in models]
     for seed in (1, 2):
         step(models[0], optimizers[0], seed)
     models[1].load_state_dict(models[0].state_dict())
@@ -59,14 +123,14 @@ def test_the_optimizer_state_survives_bit_for_bit():
     assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-def test_a_parameter_without_gradients_has_no_state_and_needs_none():
+def test_a_parameter_without_gradients_has_no_state_and_needs_none(build):
     model = make_model()
-    optimizer = adamw(model, 1e-2)
+    optimizer = build(model, 1e-2)
     model.classifier.weight.grad = torch.ones_like(model.classifier.weight)
     optimizer.step()
     state = optimizer_state(model, optimizer)
     assert {name.rpartition(".")[0] for name in state} == {"classifier.weight"}
-    fresh = adamw(model, 1e-2)
+    fresh = build(model, 1e-2)
     load_optimizer_state(model, fresh, state)
     assert list(fresh.state) == [model.classifier.weight]
 
@@ -79,11 +143,11 @@ def test_a_parameter_without_gradients_has_no_state_and_needs_none():
         (lambda s: s.update({"other.weight.step": torch.zeros(())}), "unknown parameters: other.weight.step"),
     ],
 )
-def test_an_optimizer_state_that_does_not_fit_is_refused(spoil, message):
+def test_an_optimizer_state_that_does_not_fit_is_refused(build, spoil, message):
     model = make_model()
-    optimizer = adamw(model, 1e-2)
+    optimizer = build(model, 1e-2)
     step(model, optimizer, 0)
     state = optimizer_state(model, optimizer)
     spoil(state)
     with pytest.raises(ValueError, match=message):
-        load_optimizer_state(model, adamw(model, 1e-2), state)
+        load_optimizer_state(model, build(model, 1e-2), state)

@@ -1,0 +1,102 @@
+"""Attention over sequences of at most 128 tokens (BERT's first phase): one program a (sequence, head).
+
+The whole map of a head is one tile, so forward takes the softmax in a single pass, and backward is one kernel with five
+products instead of two kernels with seven. It reads q, k, v and dout once (7 activation rows are moved, not 8): delta
+is rowsum(P ⊙ dP), which equals rowsum(dout ⊙ out) and is the more exact, since its rounding cancels that of dP. As in
+the long form, S and dP are formed as [keys, queries], because on Hopper a transposed result of a product must not be an
+operand; dq therefore comes out of kᵀ · dSᵀ as [d, queries] and is stored through transposed addresses.
+"""
+
+from ._triton import tl, triton
+from .attention_tile import base2, inside, keep_scale, keep_tile, load_lse, logits_over_scale, pointers, slope_of, span
+
+
+@triton.jit
+def _attention_short_fwd_kernel(
+    q_ptr, k_ptr, v_ptr,  # [T, H, d]
+    out_ptr, lse_ptr,  # [T, H, d] contiguous, [H, T] fp32
+    cu_seqlens_ptr,  # [B + 1]
+    q_strides, k_strides, v_strides,  # of (token, head, dim)
+    num_tokens, num_heads, terms, dropout,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    seq, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    first, length = span(cu_seqlens_ptr, seq)
+    if length == 0:
+        return
+    row = tl.arange(0, BLOCK_S)
+    in_tile = inside(row, length, HEAD_SIZE, BLOCK_D)
+    q = tl.load(pointers(q_ptr, q_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    k = tl.load(pointers(k_ptr, k_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    v = tl.load(pointers(v_ptr, v_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    slope = slope_of(terms, head)
+    scores = logits_over_scale(scores, terms, slope, seq, head, row[:, None], row[None, :], length, True)
+    scale2 = base2(terms.scale)
+    peak = tl.max(scores, 1) * scale2
+    # a row that sees no key: exp2(-inf - 0) is 0 where exp2(-inf + inf) is not a number
+    probs = tl.exp2(scores * scale2 - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+    total = tl.sum(probs, 1)
+    total = tl.where(total == 0.0, 1.0, total)
+    if dropout is not None:
+        probs = tl.where(keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S), probs, 0.0)
+    out = tl.dot(probs.to(v.dtype), v, input_precision="ieee") / total[:, None]
+    if dropout is not None:
+        out *= keep_scale(dropout)
+    out_tile = pointers(out_ptr, (num_heads * HEAD_SIZE, HEAD_SIZE, 1), first, head, BLOCK_S, BLOCK_D)
+    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + first + row, peak + tl.log2(total), mask=row < length)
+
+
+@triton.jit
+def _attention_short_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr,  # the last [H, T] fp32, of lse in base 2, or None
+    dq_ptr, dk_ptr, dv_ptr, delta_ptr,  # [T, H, d] contiguous; [H, T] fp32, or None where nobody reads it
+    cu_seqlens_ptr,
+    q_strides, k_strides, v_strides, dout_strides,
+    num_tokens, num_heads, terms, dropout,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    seq, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    first, length = span(cu_seqlens_ptr, seq)
+    if length == 0:
+        return
+    row = tl.arange(0, BLOCK_S)
+    in_rows, in_tile = row < length, inside(row, length, HEAD_SIZE, BLOCK_D)
+    strides = (num_heads * HEAD_SIZE, HEAD_SIZE, 1)
+    dout = tl.load(pointers(dout_ptr, dout_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    statistics = head.to(tl.int64) * num_tokens + first + row
+    q = tl.load(pointers(q_ptr, q_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    k = tl.load(pointers(k_ptr, k_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    v = tl.load(pointers(v_ptr, v_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+
+    # both [keys, queries]
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    slope = slope_of(terms, head)
+    scores = logits_over_scale(scores, terms, slope, seq, head, row[None, :], row[:, None], length, True)
+    probs = tl.exp2(scores * base2(terms.scale) - load_lse(lse_ptr + statistics, in_rows)[None, :])
+    if dropout is not None:
+        # the sign carries the mask to its second use in no register
+        probs = tl.where(tl.trans(keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S)), probs, -probs)
+    dropped = tl.where(probs < 0.0, 0.0, probs)
+    dv = tl.dot(dropped.to(dout.dtype), dout, input_precision="ieee")
+    if dropout is not None:
+        dv *= keep_scale(dropout)
+    tl.store(pointers(dv_ptr, strides, first, head, BLOCK_S, BLOCK_D), dv.to(v.dtype), mask=in_tile)
+    dprobs = tl.dot(v, tl.trans(dout), input_precision="ieee")
+    if dropout is not None:
+        dprobs = tl.where(probs < 0.0, 0.0, dprobs * keep_scale(dropout))
+        probs = tl.abs(probs)
+    # the sum of P is 1 but for the rounding of lse, which all of a row shares, and which cancels so
+    total = tl.sum(probs, 0)
+    delta = tl.sum(probs * dprobs, 0) / tl.where(total == 0.0, 1.0, total)
+    if dlse_ptr is not None:
+        delta -= base2(tl.load(dlse_ptr + statistics, mask=in_rows, other=0.0))
+    if delta_ptr is not None:
+        tl.store(delta_ptr + statistics, delta, mask=in_rows)
+    dscores = (probs * (dprobs - delta[None, :])).to(q.dtype)
+    dk = tl.dot(dscores, q, input_precision="ieee") * terms.scale
+    tl.store(pointers(dk_ptr, strides, first, head, BLOCK_S, BLOCK_D), dk.to(k.dtype), mask=in_tile)
+    dq = tl.dot(tl.trans(k), dscores, input_precision="ieee") * terms.scale  # [d, queries]
+    dq_tile = tl.trans(pointers(dq_ptr, strides, first, head, BLOCK_S, BLOCK_D))
+    tl.store(dq_tile, dq.to(q.dtype), mask=tl.trans(in_tile))

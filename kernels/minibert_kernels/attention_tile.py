@@ -1,0 +1,140 @@
+"""What attention's kernels share: where a tile lies, what is added to its scores, what dropout keeps of it."""
+
+from typing import Any, NamedTuple
+
+from ._triton import tl, triton
+from .philox import philox_tile
+
+SCHEDULE_TILE = 128  # tokens of an entry of `attention_schedule`
+
+
+class Terms(NamedTuple):
+    """What makes logits of the products q kᵀ: scale · (product) + bias - slope · |i - j|, inside the band.
+
+    slopes_ptr (fp32 [H]), bias_ptr with its strides of (sequence, head, query, key), and band, (keys to the left, keys
+    to the right), may be None.
+    """
+
+    scale: Any
+    slopes_ptr: Any = None
+    bias_ptr: Any = None
+    bias_strides: Any = None
+    band: Any = None
+
+
+class Dropout(NamedTuple):
+    """The byte threshold, the int64 seed in memory, and the int64 [B] counters of the sequences, or None."""
+
+    threshold: Any
+    seed_ptr: Any
+    seq_ids_ptr: Any = None
+
+
+@triton.jit
+def base2(x):
+    """exp(x) = exp2(base2(x))."""
+    return x * 1.4426950408889634
+
+
+@triton.jit
+def span(cu_seqlens_ptr, seq):
+    """First token (int64) and length of a sequence."""
+    first = tl.load(cu_seqlens_ptr + seq)
+    return first.to(tl.int64), tl.load(cu_seqlens_ptr + seq + 1) - first
+
+
+@triton.jit
+def locate(work, cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK: tl.constexpr):
+    """Sequence, head, first row, first token and length of a piece of work; length 0 where it has no row.
+
+    In natural order num_tiles cover the longest sequence, and those of a head are neighbours (L2 cache). With a
+    schedule they cover one of its entries.
+    """
+    head = work // num_tiles % num_heads
+    seq = work // num_tiles // num_heads
+    row = work % num_tiles * BLOCK
+    if schedule_ptr is None:
+        first, length = span(cu_seqlens_ptr, seq)
+    else:
+        entry = tl.load(schedule_ptr + 2 * seq)
+        row += tl.maximum(tl.load(schedule_ptr + 2 * seq + 1), 0) * 128  # SCHEDULE_TILE
+        seq = tl.maximum(entry, 0)
+        first, length = span(cu_seqlens_ptr, seq)
+        length = tl.where(entry < 0, 0, length)
+    return seq, head, row, first, tl.where(row < length, length, 0)
+
+
+@triton.jit
+def pointers(ptr, strides, token, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Addresses [ROWS, BLOCK_D] of one head, from `token` (int64) on."""
+    row = tl.arange(0, ROWS).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D).to(tl.int64)
+    tile = ptr + token * strides[0] + head.to(tl.int64) * strides[1]
+    return tile + row[:, None] * strides[0] + dim[None, :] * strides[2]
+
+
+@triton.jit
+def inside(row, length, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which elements of a tile exist: bool [ROWS, BLOCK_D]."""
+    return (row < length)[:, None] & (tl.arange(0, BLOCK_D) < HEAD_SIZE)[None, :]
+
+
+@triton.jit
+def slope_of(terms, head):
+    """This head's ALiBi slope over the scale, or 0."""
+    if terms.slopes_ptr is None:
+        return 0.0
+    else:
+        return tl.load(terms.slopes_ptr + head) / terms.scale
+
+
+@triton.jit
+def logits_over_scale(products, terms, slope, seq, head, row, col, length, MASKED: tl.constexpr):
+    """Logits divided by the scale: the multiplication by it then merges into exp2's subtraction.
+
+    Args:
+        slope: of `slope_of`.
+        row, col: int32 queries and keys that broadcast to the tile of products, in either orientation.
+        MASKED: give keys past the end, or outside the band, -inf.
+    """
+    if terms.slopes_ptr is not None:
+        products -= slope * tl.abs(col - row).to(tl.float32)
+    if terms.bias_ptr is not None:
+        bias = terms.bias_ptr + seq.to(tl.int64) * terms.bias_strides[0] + head.to(tl.int64) * terms.bias_strides[1]
+        bias += row.to(tl.int64) * terms.bias_strides[2] + col.to(tl.int64) * terms.bias_strides[3]
+        bias = tl.load(bias, mask=(row < length) & (col < length), other=0.0)
+        products += bias.to(tl.float32) * (1.0 / terms.scale)
+    if MASKED:
+        seen = col < length
+        if terms.band is not None:
+            seen = seen & (col - row >= -terms.band[0]) & (col - row <= terms.band[1])
+        products = tl.where(seen, products, float("-inf"))
+    return products
+
+
+@triton.jit
+def load_lse(ptr, in_rows):
+    """Rows that do not exist, or see no key, get inf: their probabilities are exp2(x - inf) = 0."""
+    lse = tl.load(ptr, mask=in_rows, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def keep_tile(dropout, seq, head, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """`philox.attention_keep` on a tile: bool [ROWS, COLS] from `row` and from `col`, a multiple of 16, on."""
+    seq_id = seq.to(tl.int64)
+    if dropout.seq_ids_ptr is not None:
+        seq_id = tl.load(dropout.seq_ids_ptr + seq)
+    group = (head << 22) + col // 16 + tl.arange(0, COLS // 16)  # 22 is philox.HEAD_SHIFT
+    rows = (row + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
+    low, high = (seq_id & 0xFFFFFFFF).to(tl.uint32), ((seq_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox_tile(tl.load(dropout.seed_ptr), group.to(tl.uint32)[None, :], rows, low, high)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, COLS // 4, 1)
+    drawn = (words >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]) & 0xFF
+    return drawn.reshape(ROWS, COLS).to(tl.int32) >= dropout.threshold
+
+
+@triton.jit
+def keep_scale(dropout):
+    """1 / the exact kept fraction."""
+    return 256.0 / (256 - dropout.threshold)
