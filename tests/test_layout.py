@@ -195,7 +195,7 @@ model = BertForPreTraining(config)
 batch = pack([[1, 2, 3], [4]], mlm_rows=torch.tensor([1]), mlm_labels=torch.tensor([9]))
 model(batch, seed=1).loss.backward()
 print(all(p.grad.isfinite().all() for p in model.bert.encoder.parameters()))
-print(explain())
+print(explain("attention")["why"])
 try:
     BertForPreTraining(config, backend="triton")(batch)
 except ValueError as error:
@@ -205,7 +205,7 @@ except ValueError as error:
     assert done.returncode == 0, done.stderr[-2000:]
     finite, explanation, error = done.stdout.splitlines()
     assert finite == "True"
-    assert explanation == "reference ('triton' needs the package triton, which is not installed)"
+    assert explanation == "'triton' needs the package triton, which is not installed"
     assert error.endswith("backend='triton' needs the package triton, which is not installed: use backend='reference'")
 
 

@@ -75,6 +75,9 @@ def _attention_short_bwd_kernel(
     slope = slope_of(terms, head)
     scores = logits_over_scale(scores, terms, slope, seq, head, row[None, :], row[:, None], length, True)
     probs = tl.exp2(scores * base2(terms.scale) - load_lse(lse_ptr + statistics, in_rows)[None, :])
+    # the sum is 1 but for the rounding of lse, which all of a row shares
+    total = tl.sum(probs, 0)
+    probs *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
     if dropout is not None:
         # the sign carries the mask to its second use in no register
         probs = tl.where(tl.trans(keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S)), probs, -probs)
@@ -87,9 +90,7 @@ def _attention_short_bwd_kernel(
     if dropout is not None:
         dprobs = tl.where(probs < 0.0, 0.0, dprobs * keep_scale(dropout))
         probs = tl.abs(probs)
-    # the sum of P is 1 but for the rounding of lse, which all of a row shares, and which cancels so
-    total = tl.sum(probs, 0)
-    delta = tl.sum(probs * dprobs, 0) / tl.where(total == 0.0, 1.0, total)
+    delta = tl.sum(probs * dprobs, 0)
     if dlse_ptr is not None:
         delta -= base2(tl.load(dlse_ptr + statistics, mask=in_rows, other=0.0))
     if delta_ptr is not None:

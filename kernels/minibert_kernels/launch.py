@@ -68,19 +68,31 @@ def aot_arguments(fn: Callable, **values) -> dict:
     """The signature, constexprs and attrs of an `AotCase`: what a launch with these arguments would specialise.
 
     Args:
-        values: for a pointer its type, e.g. "*bf16", taken as aligned to 16 bytes; else the value (int is i32).
+        values: for a pointer its type, e.g. "*bf16", taken as aligned to 16 bytes; else the value (int is i32); a
+            tuple of such.
     """
     signature, constexprs, attrs = {}, {}, {}
+
+    def kind(value, place):
+        """The type of an argument, which a tuple nests; what is known of it goes into constexprs and attrs."""
+        if isinstance(value, tuple):
+            parts = [kind(part, (*place, i)) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if value is None or (type(value) is int and value == 1):
+            constexprs[place] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, str) or value % 16 == 0:
+            attrs[place] = [["tt.divisibility", 16]]
+        return value if isinstance(value, str) else "i32"
+
     for index, param in enumerate(fn.params):
         value = values.pop(param.name)
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[param.name], constexprs[param.name] = "constexpr", value
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
+        if param.is_constexpr:
+            signature[param.name], constexprs[(index,)] = "constexpr", value
         else:
-            signature[param.name] = value if isinstance(value, str) else "i32"
-            if isinstance(value, str) or value % 16 == 0:
-                attrs[(index,)] = [["tt.divisibility", 16]]
+            signature[param.name] = kind(value, (index,))
     assert not values, f"{fn.__name__} has no arguments {', '.join(values)}"
     return {"signature": signature, "constexprs": constexprs, "attrs": attrs}
 

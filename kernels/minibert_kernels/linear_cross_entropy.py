@@ -155,7 +155,7 @@ def _labelled_rows(labels, ignore_index, max_labels):
 
 
 def _accumulate(dweight, dlogits, hidden, beta):
-    """dweight = beta · dweight + dlogitsᵀ · hidden, in dweight's dtype, which is wider than theirs if they are narrow."""
+    """dweight = beta · dweight + dlogitsᵀ · hidden in place, in the dtype of dweight: float32 where theirs is narrower."""
     if dweight.dtype == hidden.dtype:
         torch.addmm(dweight, dlogits.mT, hidden, beta=beta, out=dweight)
     elif hidden.is_cuda:
@@ -383,7 +383,7 @@ def _check_labels(labels, vocab, ignore_index, max_labels):
 
 
 def aot_cases(capability):
-    """The default plans in bfloat16, for `xray`: a row in registers, and two BERTs' vocabularies; on any architecture."""
+    """The default plans in bfloat16: a row in registers, and two BERTs' vocabularies; as `AotCase`s for `xray`."""
     for vocab in (16384, 30522, 119547):
         for gradient in (True, False):
             plan = cross_entropy_plan(vocab)

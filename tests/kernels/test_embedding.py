@@ -34,18 +34,17 @@ class Case:
     @classmethod
     def draw(cls, seed):
         rng = random.Random(seed)
-        cols = rng.choice(
-            [1, 2, 7, 16, 37, 64, 100, 128, 257, 512, 768, 1023, rng.randint(1, 1100), rng.randint(1, 64)]
-        )
+        cols = rng.choice([1, 2, 7, 16, 37, 64, 100, 128, 257, rng.randint(1, 600), rng.randint(1, 64)])
         dtype = rng.choice(DTYPES)
         return cls(
             seed=seed,
-            tokens=rng.choice([0, 1, 13, 70, rng.randint(1, 40)]),
+            tokens=rng.choice([0, 1, 13, 25, rng.randint(1, 40 if cols > 128 else 100)]),
             cols=cols,
-            sizes=(rng.choice([1, 11, 200]), rng.choice([None, 1, 7, 40]), rng.choice([1, 2, 5])),
+            sizes=(rng.choice([11, 200]), rng.choice([None, 1, 7, 40]), rng.choice([1, 2, 5])),
             dtype=dtype,
             param_dtype=rng.choice([dtype, torch.float32]),
-            layouts=tuple(rng.choice(LAYOUTS) for _ in range(4)),
+            # of one word, and so of one token's statistics, the error is luck
+            layouts=(rng.choice(LAYOUTS[:-1]), *(rng.choice(LAYOUTS) for _ in range(3))),
             bias=rng.random() < 0.7,
             dropout=rng.choice([0.0, 0.1, 0.5]),
             rows=rng.random() < 0.5,
@@ -56,9 +55,9 @@ class Case:
     def run(self, device):
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.randint(2**62, (self.tokens,), generator=generator).to(device) if self.rows else None
-        # the largest error of a few elements, or of one token's statistics, is luck: many draws of them
-        few = 12 if self.cols < 16 else 12 // (self.tokens + 1)
-        draws = [self.inputs(device, generator) for _ in range(max(1, few))]
+        # the largest error of a few elements is luck: many draws of them
+        few = max(600 // (self.tokens * self.cols + 1), 12 // (self.tokens + 1), 1)
+        draws = [self.inputs(device, generator) for _ in range(min(few, 8))]
         with repeat_with(self, device):
             check(
                 lambda **tensors: kernel(**tensors, rows=rows),
@@ -90,7 +89,7 @@ def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cols", [1, 37, 768, 1024, 8192])
 def test_values_and_gradients_at_the_widths_of_berts(cols, dtype, device, poisoned):
-    tokens = 3 if cols == 8192 else 35  # more than one tile a program of the backward
+    tokens = 5 if cols == 8192 else 35  # more than one tile a program of the backward
     for dropout in (0.0, 0.1):
         Case(
             seed=cols, tokens=tokens, cols=cols, dtype=dtype, param_dtype=dtype, dropout=dropout,

@@ -20,6 +20,7 @@ WAYS = ("triton", "auto")  # the kernel, and torch chunk by chunk; one and the s
 
 def eager(way, hidden, weight, bias, labels, *, label_smoothing=0.0, reduction="mean"):
     """The op as one writes it in torch; with the kernel the bias is added after the product was rounded."""
+    hidden, weight = hidden.contiguous(), weight.contiguous()  # or autograd takes products of another accuracy
     if way == "triton":
         logits = (hidden @ weight.mT).float() + (0 if bias is None else bias.float())
     else:
@@ -50,11 +51,11 @@ class Case:
     def draw(cls, seed):
         rng = random.Random(seed)
         vocab = rng.choice([1, 2, 101, 128, 129, rng.randint(2, 900), rng.randint(2, 90), 16385])
-        rows = rng.choice([0, 1, 13, rng.randint(8, 30)]) if vocab < 1000 else 3
+        rows = rng.choice([0, 1, 13, rng.randint(8, 20)]) if vocab < 1000 else 3
         return cls(
             seed=seed,
             rows=rows,
-            width=rng.choice([1, 8, 37, 64, rng.randint(1, 80)]),
+            width=rng.choice([2, 8, 37, 64, rng.randint(2, 80)]),
             vocab=vocab,
             way=rng.choice(WAYS),
             dtype=rng.choice(DTYPES),
@@ -63,7 +64,7 @@ class Case:
             bias=rng.random() < 0.7,
             ignored=rng.choice([0.0, 0.3, 0.85 if rows > 3 else 0.0, 1.0]),
             bounded=rng.random() < 0.5,
-            label_smoothing=rng.choice([0.0, 0.0, 0.1, 1.0]),
+            label_smoothing=rng.choice([0.0, 0.0, 0.1, 0.3]),
             reduction=rng.choice(["mean", "mean", "sum", "none"]),
             chunk_rows=rng.choice([None, None, 3, 5]),
         )
@@ -71,7 +72,7 @@ class Case:
     def run(self, device):
         generator = torch.Generator().manual_seed(self.seed)
         # the largest error of a few elements is luck: many draws of them
-        draws = [self.inputs(device, generator) for _ in range(4 if self.vocab > 1000 else 16 if self.rows > 3 else 40)]
+        draws = [self.inputs(device, generator) for _ in range(6 if self.vocab > 1000 else 16 if self.rows > 3 else 40)]
         options = {"label_smoothing": self.label_smoothing, "reduction": self.reduction}
         bound = max(int((tensors["labels"] != -100).sum()) for tensors, _ in draws) if self.bounded else None
         before = op.chunk_rows
@@ -170,11 +171,14 @@ def test_extreme_logits_come_out_as_in_torch(vocab, way, device, poisoned):
     tensors["hidden"][1] = 0.0
     tensors["hidden"][2, 0], tensors["hidden"][3, 0], tensors["hidden"][4, 0] = inf, -inf, float("nan")
     tensors["bias"][[5, 6]] = -inf  # the labels of two rows
+    dout = torch.ones(9, device=device)
     for smoothing in (0.0, 0.1):
         options = {"reduction": "none", "label_smoothing": smoothing}
         ours, exact = (
-            values_and_gradients(lambda b=b, **t: linear_cross_entropy(**t, **options, backend=b)[0], tensors, [dout])
-            for b, dout in ((way, torch.ones(9, device=device)), ("reference", torch.ones(9, device=device)))
+            values_and_gradients(
+                lambda b=b, o=options, **t: linear_cross_entropy(**t, **o, backend=b)[0], tensors, [dout]
+            )
+            for b in (way, "reference")
         )
         torch.testing.assert_close(ours, exact, equal_nan=True, rtol=2e-5, atol=2e-4)
     tensors["bias"][:] = -inf
@@ -211,6 +215,19 @@ def test_chunks_are_of_bounded_size_and_of_whole_tiles():
     ):  # fmt: skip
         assert op.chunk_rows(vocab, element_size) == rows
         assert rows == 1 or rows * vocab * element_size <= op.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{"width": 1}, {"vocab": 1}, {"rows": 1}])
+def test_axes_of_one_and_a_smoothing_of_one(options, way, device, poisoned):
+    tensors = inputs(device, **options)
+    ours, exact = (
+        values_and_gradients(
+            lambda b=b, **t: linear_cross_entropy(**t, label_smoothing=1.0, backend=b), tensors, [torch.ones((), device=device)]
+        )
+        for b in (way, "reference")
+    )  # fmt: skip
+    torch.testing.assert_close(ours, exact)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -253,9 +270,10 @@ def test_a_second_backward_gives_the_same_gradient_again(way, device):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradients_are_formed_for_what_needs_one(reduction, wanted, device):
     tensors = inputs(device)
+    one = torch.ones((), device=device)
     every = values_and_gradients(
-        lambda **t: linear_cross_entropy(**t, reduction=reduction, backend="triton")[0].sum(), tensors, [1 + 0 * F.relu(torch.ones((), device=device))]
-    )  # fmt: skip
+        lambda **t: linear_cross_entropy(**t, reduction=reduction, backend="triton")[0].sum(), tensors, [one]
+    )
     for name in wanted:
         tensors[name].requires_grad_()
     loss, _ = linear_cross_entropy(**tensors, reduction=reduction, backend="triton")
@@ -265,7 +283,7 @@ def test_gradients_are_formed_for_what_needs_one(reduction, wanted, device):
     for name in ("hidden", "weight", "bias"):
         grad = tensors[name].grad
         assert (grad is not None) == (name in wanted)
-        torch.testing.assert_close(every[f"d{name}"] if grad is None else grad, every[f"d{name}"])
+        assert grad is None or torch.equal(grad, every[f"d{name}"])
     with torch.no_grad():
         assert not linear_cross_entropy(**tensors, reduction=reduction, backend="triton")[0].requires_grad
 
@@ -330,7 +348,8 @@ torch.save((peak() - before, *results), sys.argv[3])
 @pytest.mark.parametrize("width", [128, 768])
 def test_the_loss_of_8192_tokens_takes_less_than_a_tenth_of_the_references_memory(width, tmp_path, record_property):
     results = {}
-    environment = os.environ | {"PYTHONPATH": str(Path(minibert_kernels.__file__).parents[1]), "CUDA_VISIBLE_DEVICES": ""}
+    package = Path(minibert_kernels.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(package), "CUDA_VISIBLE_DEVICES": ""}
     for backend in ("auto", "reference"):
         command = [sys.executable, "-c", MEMORY, backend, str(width), str(tmp_path / backend)]
         subprocess.run(command, env=environment, check=True)
