@@ -223,7 +223,8 @@ def test_axes_of_one_and_a_smoothing_of_one(options, way, device, poisoned):
     tensors = inputs(device, **options)
     ours, exact = (
         values_and_gradients(
-            lambda b=b, **t: linear_cross_entropy(**t, label_smoothing=1.0, backend=b), tensors, [torch.ones((), device=device)]
+            lambda b=b, **t: linear_cross_entropy(**t, label_smoothing=1.0, backend=b),
+            tensors, [torch.ones((), device=device)],
         )
         for b in (way, "reference")
     )  # fmt: skip
