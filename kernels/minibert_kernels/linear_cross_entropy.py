@@ -155,7 +155,7 @@ def _labelled_rows(labels, ignore_index, max_labels):
 
 
 def _accumulate(dweight, dlogits, hidden, beta):
-    """dweight = beta · dweight + dlogitsᵀ · hidden in place, in the dtype of dweight, float32 where less is theirs."""
+    """dweight = beta · dweight + dlogitsᵀ · hidden, in place; dweight is float32 where they are narrower."""
     if dweight.dtype == hidden.dtype:
         torch.addmm(dweight, dlogits.mT, hidden, beta=beta, out=dweight)
     elif hidden.is_cuda:

@@ -34,13 +34,13 @@ class Case:
     @classmethod
     def draw(cls, seed):
         rng = random.Random(seed)
-        cols = rng.choice([1, 2, 7, 16, 37, 64, 100, 128, 257, rng.randint(1, 600), rng.randint(1, 64)])
+        cols = rng.choice([1, 2, 7, 16, 37, 64, 100, 128, 257, rng.randint(1, 300), rng.randint(1, 64)])
         dtype = rng.choice(DTYPES)
         return cls(
             seed=seed,
-            tokens=rng.choice([0, 1, 13, 25, rng.randint(1, 40 if cols > 128 else 100)]),
+            tokens=rng.choice([0, 1, 13, 25, rng.randint(1, 40)]),
             cols=cols,
-            sizes=(rng.choice([11, 200]), rng.choice([None, 1, 7, 40]), rng.choice([1, 2, 5])),
+            sizes=(rng.choice([5, 11, 11, 200]), rng.choice([None, 1, 7, 40]), rng.choice([1, 2, 5])),
             dtype=dtype,
             param_dtype=rng.choice([dtype, torch.float32]),
             # of one word, and so of one token's statistics, the error is luck
@@ -55,9 +55,9 @@ class Case:
     def run(self, device):
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.randint(2**62, (self.tokens,), generator=generator).to(device) if self.rows else None
-        # the largest error of a few elements is luck: many draws of them
-        few = max(600 // (self.tokens * self.cols + 1), 12 // (self.tokens + 1), 1)
-        draws = [self.inputs(device, generator) for _ in range(min(few, 8))]
+        # the largest error of a few sums over tokens is luck: many draws of them, fewer where rounding says more
+        draws = 8 if self.dtype == torch.float32 and self.cols < 1024 else 2
+        draws = [self.inputs(device, generator) for _ in range(draws)]
         with repeat_with(self, device):
             check(
                 lambda **tensors: kernel(**tensors, rows=rows),

@@ -20,7 +20,7 @@ WAYS = ("triton", "auto")  # the kernel, and torch chunk by chunk; one and the s
 
 def eager(way, hidden, weight, bias, labels, *, label_smoothing=0.0, reduction="mean"):
     """The op as one writes it in torch; with the kernel the bias is added after the product was rounded."""
-    hidden, weight = hidden.contiguous(), weight.contiguous()  # or autograd takes products of another accuracy
+    hidden = hidden.contiguous()  # or autograd takes a product of another accuracy
     if way == "triton":
         logits = (hidden @ weight.mT).float() + (0 if bias is None else bias.float())
     else:
@@ -50,7 +50,7 @@ class Case:
     @classmethod
     def draw(cls, seed):
         rng = random.Random(seed)
-        vocab = rng.choice([1, 2, 101, 128, 129, rng.randint(2, 900), rng.randint(2, 90), 16385])
+        vocab = rng.choice([2, 3, 101, 128, 129, rng.randint(2, 900), rng.randint(2, 90), 16385])
         rows = rng.choice([0, 1, 13, rng.randint(8, 20)]) if vocab < 1000 else 3
         return cls(
             seed=seed,
@@ -72,7 +72,9 @@ class Case:
     def run(self, device):
         generator = torch.Generator().manual_seed(self.seed)
         # the largest error of a few elements is luck: many draws of them
-        draws = [self.inputs(device, generator) for _ in range(6 if self.vocab > 1000 else 16 if self.rows > 3 else 40)]
+        draws = [
+            self.inputs(device, generator) for _ in range(16 if self.rows > 3 else 40 if self.vocab < 1000 else 12)
+        ]
         options = {"label_smoothing": self.label_smoothing, "reduction": self.reduction}
         bound = max(int((tensors["labels"] != -100).sum()) for tensors, _ in draws) if self.bounded else None
         before = op.chunk_rows
@@ -224,10 +226,11 @@ def test_axes_of_one_and_a_smoothing_of_one(options, way, device, poisoned):
     ours, exact = (
         values_and_gradients(
             lambda b=b, **t: linear_cross_entropy(**t, label_smoothing=1.0, backend=b),
-            tensors, [torch.ones((), device=device)],
+            tensors,
+            [torch.ones((), device=device)],
         )
         for b in (way, "reference")
-    )  # fmt: skip
+    )
     torch.testing.assert_close(ours, exact)
 
 
