@@ -9,9 +9,10 @@ dP = keep ⊙ (dout · vᵀ) / kept and delta = rowsum(dout ⊙ out):
 and dS, summed over the sequences and heads that share it, is the gradient of the bias.
 
 In units of one activation row (T x H x d elements) forward moves 4: q, k, v in, the output out. Backward moves 8: q, k,
-v, output, its gradient in, three gradients out; plus what the long form's second kernel reads again. There are two
-forms, chosen by the launch plan: `attention_short` for at most 128 tokens a sequence, where a head's map is one tile,
-and `attention_long`. Neither has atomics: the same call gives the same bits.
+v, output, its gradient in, three gradients out; plus what the long form's second kernel reads again. The short form
+moves 7, for it needs no output. There are two forms, chosen by the launch plan: `attention_short` for at most 128
+tokens a sequence, where a head's map is one tile, and `attention_long`. Neither has atomics: the same call gives the
+same bits.
 """
 
 import math
@@ -28,8 +29,16 @@ from .attention_long import (
 )
 from .attention_short import _attention_short_bwd_kernel, _attention_short_fwd_kernel
 from .attention_tile import SCHEDULE_TILE, Dropout, Terms
-from .dispatch import use_triton
-from .launch import FP_FUSION, AotCase, attention_plan, attention_short_plan, capability, multiprocessors
+from .dispatch import check_device, on_host, use_triton
+from .launch import (
+    FP_FUSION,
+    AotCase,
+    aot_arguments,
+    attention_plan,
+    attention_short_plan,
+    capability,
+    multiprocessors,
+)
 from .philox import as_seed, threshold
 
 MAX_HEAD_SIZE = 128
@@ -73,7 +82,7 @@ def _run(kernel, programs, plan, q, arguments, **blocks):
 def _run_long(kernel, direction, q, tensors, cu_seqlens, schedule, strides, max_seqlen, terms, dropped):
     """A kernel over every piece of work, in natural order a program each, else on a grid that fills the GPU."""
     num_tokens, num_heads, head_size = q.shape
-    bias = terms.bias_ptr is not None
+    bias = terms.bias_ptr is not None or terms.slopes_ptr is not None
     plan = attention_plan(head_size, _element_size(q), capability(q.device), max_seqlen, direction, bias)
     block = plan.block_n if direction == "dkdv" else plan.block_m
     entries, tokens = (len(cu_seqlens) - 1, max_seqlen) if schedule is None else (len(schedule), SCHEDULE_TILE)
@@ -100,9 +109,7 @@ def _run_dbias(q, tensors, cu_seqlens, strides, max_seqlen, terms, dropped):
     programs = batches * heads * triton.cdiv(max_seqlen, plan.block_m) * triton.cdiv(max_seqlen, plan.block_n)
     sizes = num_tokens, num_heads, len(cu_seqlens) - 1, batches, heads, max_seqlen
     arguments = *tensors, cu_seqlens, *strides, *sizes, terms, dropped
-    _run(
-        _attention_bwd_dbias_kernel, programs, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n
-    )  # fmt: skip
+    _run(_attention_bwd_dbias_kernel, programs, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n)
 
 
 def _groups(seq_ids, seed, score_bias, alibi_slopes, scale, dropout, left, right):
@@ -292,8 +299,7 @@ def _check(q, k, v, cu_seqlens, max_seqlen, dropout, seq_ids, window):
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: expected int32 [B + 1]")
     if max_seqlen < min(q.shape[0], 1):
         raise ValueError(f"max_seqlen={max_seqlen}: expected the length of the longest sequence, at least 1")
-    looks = type(cu_seqlens) is torch.Tensor and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and len(cu_seqlens) > 1 and int(cu_seqlens.diff().max()) > max_seqlen:
+    if on_host(cu_seqlens) and len(cu_seqlens) > 1 and int(cu_seqlens.diff().max()) > max_seqlen:
         raise ValueError(f"max_seqlen={max_seqlen}: the longest sequence has {int(cu_seqlens.diff().max())} tokens")
     threshold(dropout)
     if window is not None and window < 0:
@@ -302,9 +308,7 @@ def _check(q, k, v, cu_seqlens, max_seqlen, dropout, seq_ids, window):
         raise ValueError(
             f"seq_ids is {seq_ids.dtype} {list(seq_ids.shape)}: expected int64 [{len(cu_seqlens) - 1}], one a sequence"
         )
-    for name, x in (("k", k), ("v", v), ("cu_seqlens", cu_seqlens), ("seq_ids", seq_ids)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q is on {q.device}: expected one device")
+    check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, seq_ids=seq_ids)
 
 
 def _check_score_terms(q, cu_seqlens, max_seqlen, score_bias, alibi_slopes, schedule):
@@ -328,9 +332,7 @@ def _check_score_terms(q, cu_seqlens, max_seqlen, score_bias, alibi_slopes, sche
     for name, (x, dtype, shape) in expected.items():
         if x is not None and (x.dtype != dtype or x.shape != shape):
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)}: expected {dtype} {list(shape)}")
-    for name, x in (("score_bias", score_bias), ("alibi_slopes", alibi_slopes), ("schedule", schedule)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q is on {q.device}: expected one device")
+    check_device(q=q, score_bias=score_bias, alibi_slopes=alibi_slopes, schedule=schedule)
 
 
 def _unsupported(q, scale, score_bias, alibi_slopes):
@@ -391,31 +393,13 @@ def _aot_case(arch, direction, head_size, length=512, *, dropout=False, extras=F
     values |= {"dout_strides": (12 * head_size, head_size, 1)}
     sizes = dict.fromkeys(("num_tokens", "num_heads", "num_tiles", "num_work", "num_sequences"), 12)
     values = dict.fromkeys(fn.arg_names, dtype) | sizes | values | constexprs
-    signature, found, attrs = {}, {}, {}
-    for index, name in enumerate(fn.arg_names):
-        signature[name] = _aot_type(values[name], (index,), name in constexprs, found, attrs)
+    arguments = aot_arguments(fn, **{name: values[name] for name in fn.arg_names})
     label = ["" if direction in ("fwd", "bwd") else direction, f"short {length}" if short else "", f"d={head_size}"]
     label += ["dropout"] * dropout + ["bias alibi band"] * extras + ["schedule"] * (extras and not short)
     return AotCase(
         op="attention", direction="fwd" if direction == "fwd" else "bwd", label=" ".join(filter(None, label)), fn=fn,
-        signature=signature, constexprs=found, attrs=attrs, num_warps=plan.num_warps, num_stages=plan.num_stages,
-        matmul=True,
+        **arguments, num_warps=plan.num_warps, num_stages=plan.num_stages, matmul=True,
     )  # fmt: skip
-
-
-def _aot_type(value, path, constexpr, constexprs, attrs):
-    """As `launch.aot_arguments`, of one argument, and within tuples."""
-    if isinstance(value, tuple):
-        items = [_aot_type(x, (*path, i), False, constexprs, attrs) for i, x in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    if constexpr or value is None or (type(value) is int and value == 1):
-        constexprs[path] = value
-        return "constexpr"
-    if isinstance(value, float):
-        return "fp32"
-    if isinstance(value, str) or value % 16 == 0:
-        attrs[path] = [["tt.divisibility", 16]]
-    return value if isinstance(value, str) else "i32"
 
 
 KERNELS = {

@@ -77,6 +77,20 @@ def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) 
     return False
 
 
+def on_host(tensor) -> bool:
+    """Whether a tensor's values can be looked at now, without waiting for a device."""
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_device(**tensors) -> None:
+    """Raise the ValueError of a tensor, by name, that is not None and not on the device of the first."""
+    first, *others = tensors
+    device = tensors[first].device
+    for name in others:
+        if tensors[name] is not None and tensors[name].device != device:
+            raise ValueError(f"{name} is on {tensors[name].device}, {first} is on {device}: expected one device")
+
+
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
     """What `backend="auto"` runs for `op` on tensors of `device`, why, and the file of each implementation."""
     import minibert_kernels

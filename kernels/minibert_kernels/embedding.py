@@ -22,7 +22,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import use_triton
+from .dispatch import check_device, use_triton
 from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, multiprocessors, norm_plan
 from .packing import check_index
 from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
@@ -306,10 +306,10 @@ def _check(ids, type_ids, positions, word, position, type, weight, bias, dropout
             raise ValueError(f"{name} is {index.dtype} {list(index.shape)}: expected int64, one for each id")
         if table is not None:
             check_index(name, index, len(table), "its table")
-    others = {"position": position, "type": type, "weight": weight, "bias": bias}
-    for name, tensor in (others | {name: index for name, (index, _) in indices.items()}).items():
-        if tensor is not None and tensor.device != word.device:
-            raise ValueError(f"{name} is on {tensor.device}, word is on {word.device}: expected one device")
+    check_device(
+        word=word, position=position, type=type, weight=weight, bias=bias,
+        **{name: index for name, (index, _) in indices.items()},
+    )  # fmt: skip
 
 
 def aot_cases(arch):

@@ -13,7 +13,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import use_triton
+from .dispatch import check_device, use_triton
 from .launch import FP_FUSION, AotCase, aot_arguments, as_matrix, gelu_plan, multiprocessors
 
 APPROXIMATE = {"none": "erf", "tanh": "tanh"}
@@ -215,8 +215,7 @@ def _run(op, x, bias, approximate, gated, backend):
         raise ValueError(f"x is {list(x.shape)}: expected [..., {'2F' if gated else 'F'}] with F of at least 1")
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"bias is {list(bias.shape)}: expected [{x.shape[-1]}], the last axis of x")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias is on {bias.device}, x is on {x.device}: expected one device")
+    check_device(x=x, bias=bias)
     if use_triton(op, backend, x):
         return _forward(x, bias, "silu" if approximate is None else APPROXIMATE[approximate], gated)
     options = {} if approximate is None else {"approximate": approximate}

@@ -146,6 +146,35 @@ def gelu_plan(cols: int, direction: str) -> NormPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GatherPlan:
+    """Tiles of block_m rows and block_n columns."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+
+
+def gather_plan(cols: int) -> GatherPlan:
+    """The plan of a gather of rows with 1 or more columns: at most 128 rows and 16 elements a thread a tile."""
+    block_n = min(1024, 1 << (cols - 1).bit_length())
+    return GatherPlan(block_m=min(128, 2048 // block_n), block_n=block_n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingPlan:
+    """A whole sequence of up to 2 ** log_block tokens a program."""
+
+    log_block: int
+    num_warps: int
+
+
+def masking_plan(max_seqlen: int) -> MaskingPlan:
+    """The plan of `mlm_mask`: 8 tokens a thread."""
+    log_block = max(max_seqlen - 1, 15).bit_length()
+    return MaskingPlan(log_block=log_block, num_warps=max(1 << log_block >> 8, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class CrossEntropyPlan:
     """A program a row, `block` columns at a time; a row that fits stays in registers."""
 
@@ -180,7 +209,7 @@ class AttentionPlan:
 
 
 # (block_m, block_n, num_warps, whether a persistent grid may run it) for head sizes up to 64 and up to 128: the largest
-# tiles found that spill no register; with " bias" those where a score bias asks for smaller ones
+# tiles found that spill no register; with " bias" those where a score bias or ALiBi asks for smaller ones
 ATTENTION_TILES = {
     ("sm_80", "fwd"): ((128, 64, 8, True), (64, 64, 8, True)),
     ("sm_80", "fwd bias"): ((64, 32, 4, True), (64, 64, 8, True)),
@@ -193,6 +222,7 @@ ATTENTION_TILES = {
     ("sm_90", "dkdv"): ((64, 64, 4, False), (32, 64, 8, False)),
     ("sm_90", "dbias"): ((64, 64, 8, False), (64, 64, 8, False)),
     ("sm_100", "fwd"): ((64, 64, 4, True), (128, 64, 8, False)),
+    ("sm_100", "fwd bias"): ((64, 64, 4, True), (64, 64, 8, True)),
     ("sm_100", "dq"): ((64, 64, 4, False), (64, 64, 8, False)),
     ("sm_100", "dkdv"): ((64, 64, 4, False), (64, 64, 8, False)),
     ("sm_100", "dbias"): ((64, 64, 8, False), (64, 64, 8, False)),
@@ -223,7 +253,7 @@ def attention_plan(
         element_size: bytes of an element of q; 4 has no matrix unit that keeps its precision.
         capability: of the GPU, 80 and up; consumer Blackwell, 120, has the matrix instructions of Ampere.
         direction: "fwd", "dq", "dkdv" or "dbias".
-        bias: whether there is a score bias.
+        bias: whether a score bias or ALiBi is added to the scores.
     """
     chip = _attention_chip(element_size, capability)
     tiles = ATTENTION_TILES.get((chip, f"{direction} bias")) if bias else None

@@ -21,7 +21,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import use_triton
+from .dispatch import check_device, use_triton
 from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, multiprocessors, norm_plan
 from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
 
@@ -293,9 +293,7 @@ def _check(x, residual, weight, bias, dropout, seed, rows, kind):
         raise ValueError(
             f"rows is {rows.dtype} {list(rows.shape)}: expected int64, one for each row of x {list(x.shape)}"
         )
-    for name, tensor in (("residual", residual), ("weight", weight), ("bias", bias), ("rows", rows)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}: expected one device")
+    check_device(x=x, residual=residual, weight=weight, bias=bias, rows=rows)
 
 
 def aot_cases(capability):

@@ -18,7 +18,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import is_disabled, use_triton
+from .dispatch import check_device, is_disabled, on_host, use_triton
 from .launch import FP_FUSION, AotCase, aot_arguments, cross_entropy_plan
 
 CHUNK_BYTES = 64 * 2**20
@@ -362,12 +362,11 @@ def _check(hidden, weight, bias, labels, ignore_index, label_smoothing, reductio
         raise ValueError(f"bias is {list(bias.shape)}: expected [{len(weight)}], as many as weight has rows")
     if labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}: expected int64 [{len(hidden)}], one a row")
-    for name, tensor in (("weight", weight), ("bias", bias), ("labels", labels)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, hidden is on {hidden.device}: expected one device")
-        if tensor is not None and tensor is not labels and tensor.dtype != hidden.dtype:
+    check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, hidden is {hidden.dtype}: expected one dtype")
-    if type(labels) is torch.Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if on_host(labels):
         _check_labels(labels, len(weight), ignore_index, max_labels)
 
 

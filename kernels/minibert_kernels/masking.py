@@ -19,8 +19,8 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import use_triton
-from .launch import AotCase, aot_arguments
+from .dispatch import check_device, use_triton
+from .launch import AotCase, aot_arguments, masking_plan
 from .philox import as_seed, philox_tile
 from .reference import UNITS, SequenceLayout, exact_labels, span_reach
 
@@ -111,12 +111,6 @@ def _mlm_mask_kernel(
     tl.store(masked_ptr + token, tl.where(chosen, becomes, ids), mask=in_seq)
 
 
-def masking_plan(max_seqlen: int) -> tuple[int, int]:
-    """(log2 of the block, warps): a whole sequence a program, 8 tokens a thread."""
-    log_block = max(max_seqlen - 1, 15).bit_length()
-    return log_block, max(1 << log_block >> 8, 1)
-
-
 @torch.library.custom_op("minibert::mlm_mask_fwd", mutates_args=())
 def _forward(
     ids: torch.Tensor,
@@ -136,7 +130,7 @@ def _forward(
     masked, labels = ids.new_empty(ids.shape), ids.new_empty(ids.shape)
     if len(ids) == 0:
         return masked, labels
-    log_block, num_warps = masking_plan(max_seqlen)
+    plan = masking_plan(max_seqlen)
     counters = (None if t is None else t.contiguous() for t in (seq_ids, epochs))
     tables = (None if t is None else t.contiguous() for t in (special, continues, ordinary))
     with torch.cuda.device_of(ids):
@@ -144,8 +138,8 @@ def _forward(
         _mlm_mask_kernel[(len(cu_seqlens) - 1,)](
             ids, cu_seqlens.contiguous(), *counters, seed, *tables, masked, labels,
             ids.stride(0), len(ordinary), mask_id,
-            RATE=rate, REACH=tuple(reach), CHOOSE=choose, LOG_BLOCK=log_block,
-            num_warps=num_warps, enable_fp_fusion=False,
+            RATE=rate, REACH=tuple(reach), CHOOSE=choose, LOG_BLOCK=plan.log_block,
+            num_warps=plan.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return masked, labels
 
@@ -190,7 +184,6 @@ def mlm_mask(
         unsupported = f"takes sequences of up to {MAX_LENGTH} tokens, got {max_seqlen}"
     elif unit == "span" and max_span > MAX_SPAN:
         unsupported = f"takes spans of up to {MAX_SPAN} tokens, got {max_span}"
-    # the choice is about a floating dtype, and there is none here
     if not use_triton("mlm_mask", backend, ids, unsupported=unsupported):
         return reference.mlm_mask(
             ids, cu_seqlens, max_seqlen, mask_id=mask_id, special=special, ordinary=ordinary, rate=rate, unit=unit,
@@ -233,10 +226,10 @@ def _check(ids, cu_seqlens, special, ordinary, rate, unit, continues, max_span, 
             raise ValueError(
                 f"{name} is {counters.dtype} {list(counters.shape)}: expected int64 [{len(cu_seqlens) - 1}]"
             )
-    tensors = {"cu_seqlens": cu_seqlens, "special": special, "ordinary": ordinary, "continues": continues}
-    for name, tensor in (tensors | {"seq_ids": seq_ids, "epochs": epochs}).items():
-        if tensor is not None and tensor.device != ids.device:
-            raise ValueError(f"{name} is on {tensor.device}, ids is on {ids.device}: expected one device")
+    check_device(
+        ids=ids, cu_seqlens=cu_seqlens, special=special, ordinary=ordinary, continues=continues, seq_ids=seq_ids,
+        epochs=epochs,
+    )  # fmt: skip
     if isinstance(seed, torch.Tensor):
         as_seed(seed, ids.device)
 
@@ -250,14 +243,15 @@ def aot_cases(capability):
 
 
 def _aot_case(max_seqlen, unit, choose):
-    log_block, num_warps = masking_plan(max_seqlen)
+    plan = masking_plan(max_seqlen)
     pointers = ("ids", "seed", "ordinary", "masked", "labels", "seq_ids", "epochs")
     known = {f"{name}_ptr": "*i64" for name in pointers} | {"cu_seqlens_ptr": "*i32", "special_ptr": "*i1"}
     known |= {"continues_ptr": "*i1" if unit == "word" else None}
     known |= {"stride_ids": 1, "n_ordinary": 30519, "mask_id": 103}
-    flags = {"RATE": 0.15, "REACH": span_reach(unit, 10), "CHOOSE": choose, "LOG_BLOCK": log_block}
+    flags = {"RATE": 0.15, "REACH": span_reach(unit, 10), "CHOOSE": choose, "LOG_BLOCK": plan.log_block}
     label = f"{max_seqlen} tokens, {unit}{'' if choose else ', exact K'}"
     arguments = aot_arguments(_mlm_mask_kernel, **known, **flags)
     return AotCase(
-        op="mlm_mask", direction="fwd", label=label, fn=_mlm_mask_kernel, **arguments, num_warps=num_warps, num_stages=1
-    )
+        op="mlm_mask", direction="fwd", label=label, fn=_mlm_mask_kernel, **arguments,
+        num_warps=plan.num_warps, num_stages=1,
+    )  # fmt: skip

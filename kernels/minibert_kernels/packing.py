@@ -10,14 +10,12 @@ Bytes, in rows: each row that is wanted is read once and written once (2), forwa
 indices.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import use_triton
-from .launch import FP_FUSION, AotCase, aot_arguments
+from .dispatch import check_device, on_host, use_triton
+from .launch import FP_FUSION, AotCase, aot_arguments, gather_plan
 from .segment import segment_sum
 
 
@@ -36,21 +34,6 @@ def _gather_rows_kernel(
     x = x_ptr + (source // n_inner * stride_x_outer + source % n_inner * stride_x_inner)[:, None]
     x = tl.load(x + col[None, :] * stride_x_col, mask=found & in_row, other=0)
     tl.store(out_ptr + row[:, None] * n_cols + col[None, :], x, mask=in_rows[:, None] & in_row)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatherPlan:
-    """Tiles of block_m rows and block_n columns."""
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-
-
-def gather_plan(cols: int) -> GatherPlan:
-    """The plan of a gather of rows with 1 or more columns: at most 128 rows and 16 elements a thread a tile."""
-    block_n = min(1024, 1 << (cols - 1).bit_length())
-    return GatherPlan(block_m=min(128, 2048 // block_n), block_n=block_n)
 
 
 def _row_axes(inverse):
@@ -125,7 +108,7 @@ def pack(x, mask, *, num_tokens=None, backend="auto"):
     """
     if mask.dtype != torch.bool or mask.ndim != 2 or x.shape[:2] != mask.shape:
         raise ValueError(f"mask is {mask.dtype} {list(mask.shape)}: expected bool [B, S], as x {list(x.shape)} begins")
-    _check_device(x, mask=mask)
+    check_device(x=x, mask=mask)
     if num_tokens is not None and not 0 <= num_tokens <= mask.numel():
         raise ValueError(f"num_tokens={num_tokens}: expected 0 to {mask.numel()}, all of mask {list(mask.shape)}")
     if not use_triton("pack", backend, x):
@@ -156,7 +139,7 @@ def unpack(x, cu_seqlens, max_seqlen, *, backend="auto"):
         raise ValueError("x is []: expected [T, ...]")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: expected int32 [B + 1]")
-    _check_device(x, cu_seqlens=cu_seqlens)
+    check_device(x=x, cu_seqlens=cu_seqlens)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen={max_seqlen}: expected the length of the longest sequence")
     if on_host(cu_seqlens):
@@ -195,7 +178,7 @@ def select_rows(x, rows, *, backend="auto"):
     """
     if x.ndim == 0:
         raise ValueError("x is []: expected [T, ...]")
-    _check_device(x, rows=rows)
+    check_device(x=x, rows=rows)
     check_index("rows", rows, x.shape[0], "x")
     if not use_triton("select_rows", backend, x):
         return reference.select_rows(x, rows)
@@ -210,17 +193,6 @@ def check_index(name, index, size, table):
         low, high = (int(value) for value in index.aminmax())
         if low < 0 or high >= size:
             raise ValueError(f"{name} holds {low if low < 0 else high}: expected 0 to {size - 1}, the rows of {table}")
-
-
-def on_host(tensor):
-    """Whether the values can be looked at without waiting for a device, now."""
-    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_device(x, **tensors):
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x is on {x.device}: expected one device")
 
 
 def aot_cases(arch):

@@ -150,7 +150,7 @@ class Case:
             [(), (0,), (13, 7), (16,), (17, 0, 32), (33, 1), (70,), (64, 9), (3, 2, 1, 0, 5), (140,)]
             + [(rng.randint(2, 25), *(rng.randint(0, 25) for _ in range(rng.randint(0, 2))))] * 6
         )
-        case = cls(
+        return cls(
             seed=seed,
             lengths=lengths,
             heads=rng.choice([1, 1, 2, 3]),
@@ -168,7 +168,6 @@ class Case:
             schedule=rng.random() < 0.5,
             bias=rng.choice(["", "", "1", "g", "hg", "bg", "bhg-", "hgt", "b-", "g-t"]),
         )
-        return case
 
     def score_bias(self, generator, device):
         size = max(self.lengths, default=0) + self.slack
