@@ -4,11 +4,14 @@ A plan is frozen and depends on nothing else, so that one call always runs the s
 prints the table to paste here, with the GPU and the date. `xray` compiles what the plans name, without a GPU.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+
+from ._triton import tl
 
 # Triton 3.10 changes the default: every launch and every compilation ahead of time says it
 FP_FUSION = True
@@ -87,12 +90,13 @@ def aot_arguments(fn: Callable, **values) -> dict:
             attrs[place] = [["tt.divisibility", 16]]
         return value if isinstance(value, str) else "i32"
 
-    for index, param in enumerate(fn.params):
-        value = values.pop(param.name)
-        if param.is_constexpr:
-            signature[param.name], constexprs[(index,)] = "constexpr", value
+    # the function itself, which the interpreter's wrapper has too
+    for index, (name, param) in enumerate(inspect.signature(fn.fn).parameters.items()):
+        value = values.pop(name)
+        if param.annotation is tl.constexpr:
+            signature[name], constexprs[(index,)] = "constexpr", value
         else:
-            signature[param.name] = kind(value, (index,))
+            signature[name] = kind(value, (index,))
     assert not values, f"{fn.__name__} has no arguments {', '.join(values)}"
     return {"signature": signature, "constexprs": constexprs, "attrs": attrs}
 
