@@ -88,7 +88,7 @@ class Case:
                 lambda **tensors: OPS[self.op](**tensors, **options, backend="triton"),
                 lambda **tensors: plain(**tensors, **options),
                 lambda **tensors: plain(**tensors, **options),
-                [({"x": x, **others}, [dout])],
+                lambda: ({"x": x, **others}, [dout]),
             )
 
 

@@ -49,17 +49,18 @@ class Case:
         def normal(shape, dtype, layout="contiguous"):
             return arrange((2 * torch.randn(shape, generator=generator)).to(device, dtype), layout)
 
-        draws = []
-        for _ in range(1 if self.shape[-1] >= 16 else 12):
+        def draw():
             x = normal((*self.shape[:-1], width), self.dtype, self.layouts[0])
             bias = None if self.bias_dtype is None else normal((width,), self.bias_dtype)
-            draws.append(({"x": x, "bias": bias}, [normal(self.shape, self.dtype, self.layouts[1])]))
+            return {"x": x, "bias": bias}, [normal(self.shape, self.dtype, self.layouts[1])]
+
         with repeat_with(self, device):
             check(
                 lambda **tensors: OPS[self.op](**tensors, **options, backend="triton"),
                 lambda **tensors: eager(self.op, **tensors, **options),
                 lambda **tensors: eager(self.op, **tensors, **options),
-                draws,
+                draw,
+                draws=1 if self.shape[-1] >= 16 else 12,
             )
 
 
