@@ -99,7 +99,7 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     if op not in minibert_kernels.TRITON_OPS:
         return {
             "runs": "reference",
-            "why": "has no kernel: it is for looking at",
+            "why": "has no kernel of its own",
             "triton": None,
             "reference": REFERENCE,
         }

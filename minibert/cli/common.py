@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from minibert_kernels.dispatch import use_triton
 
@@ -155,7 +155,7 @@ def print_result(result: Mapping[str, Any], as_json: bool, file=None) -> None:
     console.print(table)
     for name, rows in nested.items():
         columns = list(next(iter(rows.values()))) if all(isinstance(row, dict) for row in rows.values()) else []
-        inner = Table(name, *(columns or [""]))
+        inner = Table(Column(name, no_wrap=True), *(columns or [""]))
         for row, values in rows.items():
             cells = [values[c] for c in columns] if columns else [values]
             inner.add_row(row, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
