@@ -24,6 +24,6 @@ $(SETUP): setup.py constraints.txt
 	touch $@
 
 bench: $(SETUP)
-	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks infer --quick
 
 .PHONY: demo test fuzz lint bench

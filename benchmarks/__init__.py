@@ -1,1 +1,1 @@
-"""Benchmarks against the reference implementations; nothing imports them."""
+"""Benchmarks beside the reference implementations: `python -m benchmarks --help`. Nothing imports them."""

@@ -1,0 +1,160 @@
+"""Benchmarks beside what one would use otherwise; every figure with its noise, its machine and its roofline.
+
+    python -m benchmarks infer --quick                       # minutes on two cores
+    python -m benchmarks all --out results                   # everything, JSON, CSV and one HTML page
+    python -m benchmarks report results/*.json --html page.html
+    python -m benchmarks --compare OLD.json NEW.json         # exit code 1 where something got slower
+
+docs/benchmarks.md says how each number is made, and what it does not say.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from minibert import BertForPreTraining, BertModel
+from minibert.config import PRESETS, BertConfig
+from minibert.files import write_atomically
+
+from . import data, inference, lengths, measure, peers, report, training
+
+MODEL_SUITES = {"infer": (inference, BertModel), "train": (training, BertForPreTraining)}
+SUITES = (*MODEL_SUITES, "data", "all")
+SST2, SQUAD = "sst2_train", "squad_v1.1_dev_question_context_pairs"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="what changed between two records"
+    )
+    verbs = parser.add_subparsers(dest="verb")
+    for name in SUITES:
+        verb = verbs.add_parser(name)
+        verb.add_argument("--quick", action="store_true", help="few rounds and cases: minutes on two cores")
+        verb.add_argument("--model", default=None, choices=PRESETS, help="default bert-base")
+        verb.add_argument("--lengths", nargs="+", default=None, metavar="NAME",
+                          help="full, half, quarter, or a data set of benchmarks/lengths.py")  # fmt: skip
+        verb.add_argument("--longest", type=int, default=512, help="longer texts are cut here")
+        verb.add_argument("--batch-size", type=int, default=None)
+        verb.add_argument("--batches", type=int, default=None, help="of a run")
+        verb.add_argument(
+            "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
+        )
+        verb.add_argument("--threads", nargs="+", type=int, default=None)
+        verb.add_argument("--rounds", type=int, default=None)
+        verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        verb.add_argument("--only", default="", metavar="PATTERN", help="providers whose name matches")
+        verb.add_argument("--out", type=Path, default=None, help="folder for the record (default benchmarks/results)")
+    verb = verbs.add_parser("report")
+    verb.add_argument("records", nargs="+", type=Path)
+    verb.add_argument("--html", type=Path, help="write the page here")
+    verb.add_argument("--csv", type=Path)
+    verb.add_argument("--readme", type=Path, help="put the tables between the marks of this file")
+    verb.add_argument("--xray", type=Path, help="rows of `minibert xray --json`, for the page")
+    args = parser.parse_args(argv)
+    if not args.compare and not args.verb:
+        parser.error("name a suite, or --compare OLD NEW")
+    for name in getattr(args, "lengths", None) or ():
+        if name not in (*lengths.ARTIFICIAL, *lengths.DATASETS):
+            parser.error(f"--lengths {name} is not one of {', '.join((*lengths.ARTIFICIAL, *lengths.DATASETS))}")
+    return args
+
+
+def read(paths) -> dict:
+    """Records as one: the machine of the first, the rows of all."""
+    records = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            sys.exit(f"benchmarks: error: {path}: {' '.join(str(error).split())}")
+        if not isinstance(record, dict) or "rows" not in record or "machine" not in record:
+            sys.exit(f"benchmarks: error: {path}: expected a record of benchmarks, with machine and rows")
+        records.append(record)
+    merged = dict(records[0])
+    merged["rows"] = [row for record in records for row in record["rows"]]
+    merged["peaks"] = {name: peak for record in records for name, peak in record["peaks"].items()}
+    return merged
+
+
+def run(args) -> dict:
+    """Measure, writing the record after every case."""
+    options = {name: value for name, value in vars(args).items() if name not in ("out", "compare")}
+    record = {"machine": measure.machine(), "options": options, "peaks": {}, "rows": []}
+    folder = args.out or Path(__file__).parent / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    where = record["machine"].get("gpu", {}).get("name", "cpu").split()[-1].lower()
+    name = f"{where}-{record['machine']['date']}-{args.verb}" + "-quick" * args.quick
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rounds = args.rounds or (5 if args.quick else 9)
+    for case, dtype in suite_cases(args):
+        label = f"{dtype}, {torch.get_num_threads()} threads"
+        if label not in record["peaks"]:
+            record["peaks"][label] = asdict(measure.probe(getattr(torch, dtype), args.device))
+        peaks = measure.Peaks(**record["peaks"][label])
+        rows = measure.measure(case, rounds=rounds, peaks=peaks, say=lambda line: print(line, file=sys.stderr))
+        record["rows"] += rows
+        write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    report.write_csv(record, folder / f"{name}.csv")
+    report.write_html(record, folder / f"{name}.html")
+    report.show(record)
+    print(folder / f"{name}.json", folder / f"{name}.html", sep="\n")
+    return record
+
+
+def suite_cases(args):
+    """(case, dtype) of the asked suites, one after the other."""
+    wanted = (*MODEL_SUITES, "data") if args.verb == "all" else (args.verb,)
+    config = BertConfig.preset(args.model or "bert-base")
+    cores = torch.get_num_threads()
+    options = {
+        "names": args.lengths or [SST2, SQUAD] + ([] if args.quick else ["ag_news_test", "full", "half", "quarter"]),
+        "dtypes": [getattr(torch, name) for name in args.dtype],
+        "threads": args.threads or ([cores] if args.quick or args.device == "cuda" else sorted({1, cores})),
+        "longest": args.longest, "device": args.device, "only": lambda name: re.search(args.only, name),
+        "batch_size": args.batch_size or (8 if args.quick else 32),
+        "num_batches": args.batches or (1 if args.quick else 2),
+    }  # fmt: skip
+    for suite in wanted:
+        if suite == "data":
+            yield from ((case, "float32") for case in data.cases(300 if args.quick else 2000))
+            continue
+        module, kind = MODEL_SUITES[suite]
+        with tempfile.TemporaryDirectory() as folder:
+            weights = peers.random_weights(config, Path(folder), kind)
+            yield from ((case, case.labels["dtype"]) for case in module.cases(weights, config, **options))
+    torch.set_num_threads(cores)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    if args.compare:
+        lines, slower = report.compare(*(read([path]) for path in args.compare))
+        print("\n".join(lines or ["no change beyond the noise"]))
+        return 1 if slower else 0
+    if args.verb != "report":
+        run(args)
+        return 0
+    record = read(args.records)
+    if args.html:
+        report.write_html(record, args.html, json.loads(args.xray.read_text()) if args.xray else ())
+    if args.csv:
+        report.write_csv(record, args.csv)
+    if args.readme:
+        print("updated:", ", ".join(report.update_readme(args.readme, record)) or "nothing: no marks")
+    if not (args.html or args.csv or args.readme):
+        report.show(record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What minibert is compared with, each with its usual calls: transformers, ONNX Runtime.
+
+An encoder is `prepare(sequences)`, outside the clock; `run(inputs)`, what is timed; `states(output, inputs)`, the last
+hidden states of the real tokens, [T, D], for the gate.
+"""
+
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minibert import BertForPreTraining, BertModel
+from minibert.batch import IGNORE, Batch, pack
+from minibert.config import BertConfig
+from minibert.hub import BIAS, DECODER_BIAS, hf_names
+
+from .gate import Refused
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """See the module."""
+
+    prepare: Callable[[list[np.ndarray]], Any]
+    run: Callable[[Any], Any]
+    states: Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how an encoder runs."""
+
+    weights: Path
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    threads: int = 1
+
+
+def random_weights(config: BertConfig, folder: Path, kind: type = BertModel) -> Path:
+    """A checkpoint in which every parameter matters: fresh models have zero biases, which nobody would miss."""
+    torch.manual_seed(0)
+    model = kind(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def minibert(place: Place, backend: str = "auto") -> Encoder:
+    """Packed batches, as the tokenizer's lists are packed."""
+    model = BertModel.from_pretrained(place.weights, backend=backend).to(place.device, place.dtype).eval()
+    return Encoder(lambda ids: pack(ids).to(place.device), model, lambda output, batch: output.last_hidden_state)
+
+
+def minibert_padded(place: Place, backend: str = "auto") -> Encoder:
+    """The drop-in call: Hugging Face's layout in and out, packed and unpacked inside the clock."""
+    model = BertModel.from_pretrained(place.weights, backend=backend).to(place.device, place.dtype).eval()
+    return Encoder(lambda ids: padded(ids, place.device), lambda batch: model(**batch), masked_states)
+
+
+def transformers(place: Place, attention: str = "sdpa", **compiled: Any) -> Encoder:
+    """transformers' BertModel, batches padded to their longest; `compiled` are options of torch.compile."""
+    model = hf_model("BertModel", place, attention, add_pooling_layer=True).eval()
+    run = torch.compile(model, **compiled) if compiled else model
+    return Encoder(lambda ids: padded(ids, place.device), lambda batch: run(**batch), masked_states)
+
+
+def hf_model(name: str, place: Place, attention: str, dropout: float = 0.0, **options: Any) -> nn.Module:
+    """A transformers model of these weights; its config is its own, two models must not share one."""
+    import transformers as hf
+
+    hf.logging.set_verbosity_error()
+    hf.logging.disable_progress_bar()
+    config = copy.deepcopy(hf.BertConfig.from_pretrained(place.weights))
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    model = getattr(hf, name).from_pretrained(
+        place.weights,
+        config=config,
+        local_files_only=True,
+        attn_implementation=attention,
+        dtype=torch.float32,
+        **options,
+    )
+    return model.to(place.device, place.dtype)
+
+
+def onnx_runtime(place: Place) -> Encoder:
+    """ONNX Runtime's CPU provider on the exported transformers model, all graph optimisations on."""
+    import onnxruntime
+
+    if place.device != "cpu" or place.dtype != torch.float32:
+        raise Refused(f"onnxruntime: its CPU provider has no {str(place.dtype).removeprefix('torch.')} BERT")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = place.threads, 1
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_onnx(place, Path(folder) / "model.onnx")
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = {node.name for node in session.get_inputs()}
+
+    def run(batch):
+        return session.run(None, {name: value.numpy() for name, value in batch.items() if name in names})
+
+    return Encoder(
+        lambda ids: padded(ids, "cpu"), run,
+        lambda output, batch: torch.from_numpy(output[0])[batch["attention_mask"].bool()],
+    )  # fmt: skip
+
+
+def export_onnx(place: Place, file: Path) -> Path:
+    """transformers' encoder as ONNX with free batch and length, which the session fuses as it can."""
+    import onnx  # noqa: F401  (the exporter's error would not name what is missing)
+
+    model = hf_model("BertModel", place, "eager").eval()
+    example = padded([np.arange(1, 8), np.arange(1, 5)], "cpu")
+    axes = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("length", min=2, max=512)}
+    names = ("input_ids", "attention_mask", "token_type_ids")
+
+    class States(nn.Module):
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            return self.model(input_ids, attention_mask, token_type_ids).last_hidden_state
+
+    wrapper = States()
+    wrapper.model = model
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            wrapper, tuple(example[name] for name in names), file, input_names=list(names), output_names=["states"],
+            dynamic_shapes=[axes] * 3, dynamo=True, verbose=False,
+        )  # fmt: skip
+    return file
+
+
+def padded(sequences: list[np.ndarray], device: str) -> dict[str, Tensor]:
+    """input_ids, attention_mask and token_type_ids, [B, longest] int64."""
+    lengths = np.array([len(ids) for ids in sequences])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.zeros(mask.shape, dtype=np.int64)
+    ids[mask] = np.concatenate(sequences)
+    ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).long().to(device)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+
+
+def masked_states(output, batch) -> Tensor:
+    return output.last_hidden_state[batch["attention_mask"].bool()]
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model that is pretrained: `prepare(batch)` outside the clock, `loss(inputs)`; `gradients()` under Hugging
+    Face's names, once backward ran."""
+
+    model: nn.Module
+    prepare: Callable[[Batch], Any]
+    loss: Callable[[Any], Tensor]
+    gradients: Callable[[], dict[str, Tensor]]
+
+
+def minibert_trainee(place: Place, dropout: float, backend: str = "auto") -> Trainee:
+    """Packed batches; only the masked tokens meet the vocabulary."""
+    model = BertForPreTraining.from_pretrained(
+        place.weights, backend=backend, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+    )
+    model = model.to(place.device).train()
+
+    def gradients():
+        found = {}
+        for name, parameter in model.named_parameters():
+            names = hf_names(name)
+            found |= dict(zip(names, parameter.grad.chunk(len(names)), strict=True))
+        return found
+
+    return Trainee(model, lambda batch: batch.to(place.device), lambda batch: model(batch, seed=1).loss, gradients)
+
+
+def transformers_trainee(
+    place: Place, dropout: float, attention: str = "sdpa", masked_rows: bool = False, **compiled: Any
+) -> Trainee:
+    """transformers' BertForPreTraining on padded batches, with the head on all tokens, or on the masked ones alone."""
+    model = hf_model("BertForPreTraining", place, attention, dropout=dropout).train()
+
+    def masked_loss(input_ids, attention_mask, token_type_ids, rows, targets, next_sentence_label):
+        states, pooled = model.bert(input_ids, attention_mask, token_type_ids, return_dict=False)[:2]
+        logits, pairs = model.cls(states.flatten(0, 1)[rows], pooled)
+        cross_entropy = nn.functional.cross_entropy
+        return cross_entropy(logits.float(), targets) + cross_entropy(pairs.float(), next_sentence_label)
+
+    def full_loss(**batch):
+        return model(**batch).loss
+
+    call = masked_loss if masked_rows else full_loss
+    call = torch.compile(call, **compiled) if compiled else call
+
+    def prepare(batch: Batch):
+        borders = batch.cu_seqlens.tolist()
+        parts = [batch.input_ids[a:b].numpy() for a, b in zip(borders, borders[1:], strict=False)]
+        inputs = padded(parts, place.device)
+        labels = torch.full((batch.num_tokens,), IGNORE)
+        labels[batch.mlm_rows] = batch.mlm_labels
+        mask = inputs["attention_mask"].bool().cpu()
+        full = torch.full(mask.shape, IGNORE)
+        full[mask] = labels
+        inputs["next_sentence_label"] = batch.nsp_labels.to(place.device)
+        if masked_rows:
+            rows = (full.flatten() != IGNORE).nonzero().squeeze(1)
+            inputs |= {"rows": rows.to(place.device), "targets": full.flatten()[rows].to(place.device)}
+        else:
+            inputs["labels"] = full.to(place.device)
+        return inputs
+
+    def gradients():
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        if DECODER_BIAS in found:
+            found[BIAS] = found.pop(DECODER_BIAS)
+        return found
+
+    return Trainee(model, prepare, lambda inputs: call(**inputs), gradients)
+
+
+def hf_tokenizer(tokenizer, folder: Path):
+    """The same vocabulary as transformers' fast tokenizer."""
+    import transformers as hf
+
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return hf.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+
+def hf_collator(tokenizer, folder: Path):
+    """Dynamic masking and padding of a list of samples."""
+    import transformers as hf
+
+    return hf.DataCollatorForLanguageModeling(hf_tokenizer(tokenizer, folder), mlm_probability=0.15)

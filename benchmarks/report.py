@@ -1,0 +1,287 @@
+"""A record of rows as a table in the terminal, CSV, the README's tables, one self-contained HTML page; two compared."""
+
+import base64
+import csv
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+KEY = ("suite", "case", "dtype", "threads", "direction", "axis", "value", "provider")
+COLUMNS = {  # a column's title and how a row fills it; columns that no row fills are left out
+    "case": lambda r: r["case"],
+    "provider": lambda r: r["provider"],
+    "dtype": lambda r: r.get("dtype"),
+    "threads": lambda r: r.get("threads"),
+    "fill": lambda r: r.get("fill") and f"{r['fill']:.0%}",
+    "time": lambda r: _time(r["seconds"]),
+    "20 to 80 %": lambda r: f"{_time(r['seconds_low'])} to {_time(r['seconds_high'])}",
+    "× baseline": lambda r: r.get("ratio") and f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
+    "tokens/s": lambda r: r.get("tokens_per_second") and f"{r['tokens_per_second']:,.0f}",
+    "of matrix peak": lambda r: r.get("matrix_share") and f"{r['matrix_share']:.1%}",
+    "of copy peak": lambda r: r.get("bandwidth_share") and f"{r['bandwidth_share']:.1%}",
+    "peak MiB": lambda r: r.get("peak_memory") and f"{r['peak_memory'] / 2**20:,.0f}",
+    "energy": lambda r: r.get("joules") and f"{r['joules']:.3g} J",
+}
+SUITES = {
+    "infer": "Encoder inference", "train": "Pretraining step", "kernels": "Kernels", "data": "Data",
+    "scaling": "Scaling",
+}  # fmt: skip
+
+
+def _time(seconds: float) -> str:
+    scale, unit = next((part for part in ((1, "s"), (1e-3, "ms")) if seconds >= part[0]), (1e-6, "µs"))
+    return f"{seconds / scale:.3g} {unit}"
+
+
+def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Titles and texts of a table; a refused row says why instead of figures."""
+    filled = []
+    for row in rows:
+        if "refused" in row:
+            first = {
+                title: str(COLUMNS[title](row) or "") for title in ("case", "provider", "dtype", "threads", "fill")
+            }
+            filled.append(first | {"time": "refused: " + row["refused"]})
+        else:
+            filled.append({title: str(text) for title, fill in COLUMNS.items() if (text := fill(row)) is not None})
+    titles = [title for title in COLUMNS if any(row.get(title) for row in filled)]
+    return titles, [[row.get(title, "") for title in titles] for row in filled]
+
+
+def show(record: dict, console: Console | None = None) -> None:
+    """Print a record, a table a suite."""
+    console = console or Console(highlight=False, width=200)
+    for suite, rows in by_suite(record).items():
+        titles, texts = cells([row for row in rows if "refused" not in row])
+        table = Table(*titles, title=SUITES.get(suite, suite))
+        for row in texts:
+            table.add_row(*row)
+        console.print(table)
+        for row in rows:
+            if "refused" in row:
+                labels = ", ".join(str(row[k]) for k in ("dtype", "threads") if k in row)
+                console.print(f"not timed: {row['case']} ({labels}): {row['refused']}", soft_wrap=True)
+
+
+def by_suite(record: dict) -> dict[str, list[dict]]:
+    suites: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        suites.setdefault(row["suite"], []).append(row)
+    return suites
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """A README table: a line a case, a column a provider, minibert's and the peers' speed over the baseline's."""
+    rows = [row for row in rows if "ratio" in row]
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = ["| lengths | precision | " + " | ".join(providers) + " |", "|---" * (2 + len(providers)) + "|"]
+    groups: dict[tuple, dict] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row.get("dtype", ""), row.get("threads")), {})[row["provider"]] = row
+    for (case, dtype, threads), found in groups.items():
+        texts = [
+            f"{found[p]['ratio']:.2f} ({found[p]['ratio_low']:.2f} to {found[p]['ratio_high']:.2f})"
+            if p in found
+            else "–"
+            for p in providers
+        ]
+        where = f"{dtype}, {threads} thread{'s' * (threads > 1)}" if threads else dtype
+        lines.append(f"| {case} | {where} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def update_readme(path: Path, record: dict) -> list[str]:
+    """Write each suite's table between its marks, `<!-- infer -->` and `<!-- /infer -->`.
+
+    Returns the suites whose marks were there.
+    """
+    text, done = path.read_text(encoding="utf-8"), []
+    for suite, rows in by_suite(record).items():
+        pattern = re.compile(rf"(<!-- {suite} -->\n).*?(\n<!-- /{suite} -->)", re.DOTALL)
+        if pattern.search(text):
+            table = markdown(rows)
+            text = pattern.sub(lambda found, table=table: found[1] + table + found[2], text)
+            done.append(suite)
+    path.write_text(text, encoding="utf-8")
+    return done
+
+
+def write_csv(record: dict, path: Path) -> None:
+    names = list(dict.fromkeys(name for row in record["rows"] for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(record["rows"])
+
+
+def key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in KEY)
+
+
+def compare(old: dict, new: dict, least: float = 0.03) -> tuple[list[str], int]:
+    """Lines that say what changed, and how many got slower.
+
+    A change is one where the bands from the 20th to the 80th percentile do not overlap and the medians differ by more
+    than `least`.
+    """
+    before, lines, slower = {key(row): row for row in old["rows"]}, [], 0
+    for row in new["rows"]:
+        was = before.pop(key(row), None)
+        name = ", ".join(str(part) for part in key(row) if part is not None)
+        if was is None:
+            lines.append(f"new       {name}")
+        elif "refused" in row or "refused" in was:
+            if row.get("refused") != was.get("refused"):
+                lines.append(f"REFUSED   {name}: {row['refused']}" if "refused" in row else f"timed now {name}")
+                slower += "refused" in row
+        else:
+            change = row["seconds"] / was["seconds"] - 1
+            apart = row["seconds_low"] > was["seconds_high"] or row["seconds_high"] < was["seconds_low"]
+            noise = (was["seconds_high"] - was["seconds_low"]) / was["seconds"]
+            if apart and abs(change) > least:
+                slower += change > 0
+                lines.append(f"{'SLOWER' if change > 0 else 'faster'}    {name}: {change:+.1%} (noise {noise:.1%})")
+    lines += ["gone      " + ", ".join(str(part) for part in name if part is not None) for name in before]
+    return lines, slower
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1a1a1a }
+h1, h2 { line-height: 1.2 } table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
+th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right; white-space: nowrap }
+th { border-bottom: 2px solid #888 } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
+.scroll { overflow-x: auto } .refused { color: #a33 } img { max-width: 100%; height: auto }
+"""
+
+
+def write_html(record: dict, path: Path, xray: Sequence[dict] = ()) -> None:
+    """One page that needs nothing beside it: plots, tables, what was refused, the machine."""
+    parts = []
+    for suite, rows in by_suite(record).items():
+        parts.append(f"<h2>{SUITES.get(suite, suite)}</h2>")
+        parts += [_image(plot, title) for title, plot in plots(suite, rows, record)]
+        timed = [row for row in rows if "refused" not in row]
+        parts.append(_html_table(*cells(timed)))
+        parts += [f"<p class=refused>{html.escape(row['case'])}: {html.escape(row['refused'])}</p>" for row in rows
+                  if "refused" in row]  # fmt: skip
+    if xray:
+        titles = [name for name in xray[0] if not isinstance(xray[0][name], dict)] + ["mma"]
+        texts = [[_plain(row.get(name)) for name in titles] for row in xray]
+        parts += ["<h2>What the compiler made of each kernel</h2>", _html_table(titles, texts)]
+    facts = json.dumps({name: value for name, value in record.items() if name != "rows"}, indent=1)
+    parts += ["<h2>Machine and command</h2>", f"<pre>{html.escape(facts)}</pre>"]
+    name = record["machine"].get("gpu", {}).get("name") or record["machine"]["cpu"]
+    title = html.escape(f"minibert on {name}, {record['machine']['date']}")
+    page = "\n".join(["<!doctype html>", "<html lang=en>", "<meta charset=utf-8>",
+                      "<meta name=viewport content='width=device-width'>", "<link rel=icon href='data:,'>",
+                      f"<title>{title}</title>", f"<style>{STYLE}</style>", f"<h1>{title}</h1>", *parts])  # fmt: skip
+    path.write_text(page, encoding="utf-8")
+
+
+def _plain(value) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{number} {name}" for name, number in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _html_table(titles, texts) -> str:
+    head = "".join(f"<th>{html.escape(title)}" for title in titles)
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(text)}" for text in row) for row in texts)
+    return f"<div class=scroll><table><thead><tr>{head}</thead><tbody>{body}</tbody></table></div>"
+
+
+def _image(figure, title: str) -> str:
+    import matplotlib.pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='{html.escape(title)}' src='data:image/svg+xml;base64,{data}'>"
+
+
+def plots(suite: str, rows: Sequence[dict], record: dict):
+    """(title, figure) of what a suite can show: scaling curves, a roofline, bars against the baseline."""
+    timed = [row for row in rows if "refused" not in row]
+    if suite == "scaling":
+        yield from ((f"time against {axis}", _curves(timed, axis)) for axis in dict.fromkeys(r["axis"] for r in timed))
+        return
+    if any("intensity" in row for row in timed):
+        yield "roofline", _roofline(timed, record["peaks"])
+    with_ratio = [row for row in timed if "ratio" in row]
+    if with_ratio:
+        yield "speed over the baseline", _bars(with_ratio)
+
+
+def _bars(rows):
+    import matplotlib.pyplot as plt
+
+    groups: dict[str, dict] = {}
+    for row in rows:
+        words = (
+            row["case"],
+            row.get("direction"),
+            row.get("dtype"),
+            row.get("threads") and f"{row['threads']} threads",
+        )
+        groups.setdefault("\n".join(str(word) for word in words if word), {})[row["provider"]] = row
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    height = 0.8 / len(providers)
+    figure, axes = plt.subplots(figsize=(9, 0.8 + 0.22 * len(groups) * len(providers)))
+    for index, provider in enumerate(providers):
+        found = [(place, group[provider]) for place, group in enumerate(groups.values()) if provider in group]
+        values = [row["ratio"] for _, row in found]
+        errors = [
+            [row["ratio"] - row["ratio_low"] for _, row in found],
+            [row["ratio_high"] - row["ratio"] for _, row in found],
+        ]
+        axes.barh([place + index * height for place, _ in found], values, height, xerr=errors, label=provider,
+                  color=f"C{index}", error_kw={"lw": 1})  # fmt: skip
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(groups))], groups, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", lw=0.8)
+    axes.set_xlabel("times as fast as the baseline (bars: median, lines: 20th to 80th percentile)")
+    axes.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
+
+
+def _roofline(rows, peaks):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for dtype, peak in peaks.items():
+        ridge = peak["flops"] / peak["bytes"]
+        xs = [ridge / 1000, ridge, ridge * 10]
+        axes.plot(xs, [min(peak["flops"], x * peak["bytes"]) for x in xs], label=f"measured roof, {dtype}")
+    for index, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
+        found = [row for row in rows if row["provider"] == provider and row.get("intensity")]
+        axes.scatter([r["intensity"] for r in found], [r["flops_per_second"] for r in found], s=18, label=provider,
+                     color=f"C{index + len(peaks)}")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte, at least", ylabel="FLOP/s")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _curves(rows, axis):
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["axis"] == axis]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for provider in dict.fromkeys(row["provider"] for row in rows):
+        found = sorted((row for row in rows if row["provider"] == provider), key=lambda row: row["value"])
+        xs = [row["value"] for row in found]
+        axes.plot(xs, [row["tokens_per_second"] for row in found], marker="o", label=provider)
+        low, high = (
+            [row["tokens_per_second"] * row["seconds"] / row[f"seconds_{end}"] for row in found]
+            for end in ("high", "low")
+        )
+        axes.fill_between(xs, low, high, alpha=0.2)
+    axes.set(xscale="log", xlabel=axis, ylabel="useful tokens/s", ylim=(0, None))
+    axes.legend(fontsize=8)
+    return figure

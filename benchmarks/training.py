@@ -1,0 +1,131 @@
+"""A pretraining step (masked tokens and next sentence): forward, backward, AdamW; the same weights, tokens and masks.
+
+Weights are float32, and below that precision the step runs under autocast, as minibert's trainer has it. The gate
+compares loss and gradients without dropout; what is timed has BERT's 0.1.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minibert.batch import Batch, pack
+from minibert.config import BertConfig
+from minibert.train.optim import adamw
+
+from . import lengths, peers
+from .gate import grouped, judge
+from .inference import GATE_LENGTHS, forward_flops, padded_tokens, random_ids
+from .measure import Case, Work
+from .peers import Place, Trainee
+
+MASK_RATE, DROPOUT = 0.15, 0.1
+_theirs = peers.transformers_trainee
+PROVIDERS: dict[str, Callable[..., Trainee]] = {
+    "minibert": peers.minibert_trainee,
+    "transformers eager": partial(_theirs, attention="eager"),
+    "transformers sdpa": _theirs,
+    "transformers sdpa, masked rows": partial(_theirs, masked_rows=True),
+    "transformers sdpa, compiled": partial(_theirs, dynamic=True),
+    "transformers sdpa, masked rows, compiled": partial(_theirs, masked_rows=True, dynamic=True),
+}
+BASELINE = "transformers sdpa"
+
+
+def random_batch(sizes: np.ndarray, vocab_size: int, seed: int = 0) -> Batch:
+    """Random tokens of which about MASK_RATE are to be predicted, at least one, and a label a sequence."""
+    rng = np.random.default_rng(seed)
+    total = int(sizes.sum())
+    rows = np.sort(rng.choice(total, max(int(MASK_RATE * total), 1), replace=False))
+    targets = {
+        "mlm_rows": torch.from_numpy(rows),
+        "mlm_labels": torch.from_numpy(rng.integers(0, vocab_size, len(rows))),
+        "nsp_labels": torch.from_numpy(rng.integers(0, 2, len(sizes))),
+    }
+    return pack(random_ids(sizes, vocab_size, seed), **targets)
+
+
+def step_flops(config: BertConfig, sizes: np.ndarray, predicted: int) -> float:
+    """Matrix products of forward and backward (twice forward), the head on predicted tokens alone."""
+    d = config.hidden_size
+    head = 2 * predicted * d * (d + config.vocab_size) + 2 * len(sizes) * d * d
+    return 3 * (forward_flops(config, sizes) + head)
+
+
+def results(trainee: Trainee, batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Loss and gradients of one batch, on the CPU."""
+    loss = _loss(trainee, trainee.prepare(batch), dtype)
+    loss.backward()
+    found = {"loss": loss.detach()[None].cpu()} | grouped({n: g.cpu() for n, g in trainee.gradients().items()})
+    trainee.model.zero_grad(set_to_none=True)
+    return found
+
+
+def _loss(trainee, inputs, dtype):
+    device = next(trainee.model.parameters()).device.type
+    with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+        return trainee.loss(inputs)
+
+
+class Reference:
+    """transformers eager without dropout: in float64, and in the precision of the case."""
+
+    def __init__(self, place: Place, vocab_size: int):
+        self.batch = random_batch(np.array(GATE_LENGTHS), vocab_size, seed=1)
+        exact = _theirs(Place(weights=place.weights, device=place.device, dtype=torch.float64), 0.0, attention="eager")
+        self.truth = results(exact, self.batch, torch.float64)
+        self.same = None
+        if place.dtype != torch.float32:
+            yardstick = _theirs(Place(weights=place.weights, device=place.device), 0.0, attention="eager")
+            self.same = results(yardstick, self.batch, place.dtype)
+
+
+def build(name: str, make: Callable[..., Trainee], place: Place, reference: Reference, batches) -> Callable[[], None]:
+    """Judge loss and gradients in float32 and in the case's precision, then the call that trains on all batches."""
+    single = Place(weights=place.weights, device=place.device)  # autocast lowers the precision, not the weights
+    trainee = make(single, 0.0)
+    judge(f"{name} in float32", results(trainee, reference.batch, torch.float32), reference.truth)
+    if reference.same is not None:
+        judge(name, results(trainee, reference.batch, place.dtype), reference.truth, reference.same)
+    trainee = make(single, DROPOUT)
+    optimizer, inputs = adamw(trainee.model, lr=1e-5), [trainee.prepare(batch) for batch in batches]
+
+    def run():
+        for batch in inputs:
+            _loss(trainee, batch, place.dtype).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def cases(
+    weights: Path, config: BertConfig, *, names, dtypes, threads, batch_size: int, num_batches: int, longest: int,
+    device: str = "cpu", only: Callable[[str], bool] = lambda name: True,
+) -> Iterator[Case]:  # fmt: skip
+    """A case for every distribution of lengths, precision and number of threads."""
+    for dtype in dtypes:
+        for count in threads:
+            torch.set_num_threads(count)
+            place = Place(weights=weights, dtype=dtype, device=device, threads=count)
+            reference = Reference(place, config.vocab_size)
+            for name in names:
+                sizes = lengths.sample(name, batch_size * num_batches, longest)
+                parts = [sizes[i : i + batch_size] for i in range(0, len(sizes), batch_size)]
+                batches = [random_batch(part, config.vocab_size, seed) for seed, part in enumerate(parts)]
+                flops = sum(step_flops(config, part, len(b.mlm_rows)) for part, b in zip(parts, batches, strict=True))
+                yield Case(
+                    suite="train", name=f"{name}, batch {batch_size}",
+                    labels={
+                        "dtype": str(dtype).removeprefix("torch."), "threads": count,
+                        "fill": round(float(sizes.sum() / padded_tokens(sizes, batch_size)), 3),
+                    },
+                    work=Work(tokens=int(sizes.sum()), sequences=len(sizes), flops=flops),
+                    providers={
+                        provider: partial(build, provider, make, place, reference, batches)
+                        for provider, make in PROVIDERS.items() if only(provider)
+                    },
+                    baseline=BASELINE,
+                )  # fmt: skip
