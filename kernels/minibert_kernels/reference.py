@@ -168,7 +168,8 @@ def embed_norm(
 
 def autocast_dtype(x):
     """That of autocast, if it is on where x is and x is not float64, else the dtype of x."""
-    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    # meta tensors know no autocast; they come where shapes are tried, or waits for a device looked for
+    on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
     return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 

@@ -13,7 +13,7 @@ import jsonargparse
 import yaml
 
 from ..train import Interrupted, NonFiniteError
-from . import classification, pretraining, weights
+from . import classification, pretraining, profiling, weights
 
 VERBS: dict[str, Callable[..., int | None]] = {
     "demo": weights.demo,
@@ -26,6 +26,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "fill-mask": pretraining.fill_mask,
     "parity": weights.parity,
     "convert": weights.convert,
+    "profile": profiling.profile,
     "info": weights.info,
 }
 
