@@ -26,4 +26,8 @@ $(SETUP): setup.py constraints.txt
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks infer --quick
 
-.PHONY: demo test fuzz lint bench
+# for a machine with a GPU and no network: nothing is installed
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks gpu --minutes $(or $(MINUTES),9)
+
+.PHONY: demo test fuzz lint bench gpu

@@ -22,7 +22,7 @@ from minibert import BertForPreTraining, BertModel
 from minibert.config import PRESETS, BertConfig
 from minibert.files import write_atomically
 
-from . import data, inference, lengths, measure, peers, report, training
+from . import data, gpu, inference, lengths, measure, peers, report, training
 
 MODEL_SUITES = {"infer": (inference, BertModel), "train": (training, BertForPreTraining)}
 SUITES = (*MODEL_SUITES, "data", "all")
@@ -54,6 +54,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         verb.add_argument("--only", default="", metavar="PATTERN", help="providers whose name matches")
         verb.add_argument("--out", type=Path, default=None, help="folder for the record (default benchmarks/results)")
+    verb = verbs.add_parser("gpu", help="all of it on a machine with a GPU, in stages")
+    verb.add_argument("--dry-run", action="store_true", help="on the CPU, at toy size, kernels in the interpreter")
+    verb.add_argument("--minutes", type=float, default=9)
+    verb.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results (default runs/gpu)")
     verb = verbs.add_parser("report")
     verb.add_argument("records", nargs="+", type=Path)
     verb.add_argument("--html", type=Path, help="write the page here")
@@ -80,10 +84,7 @@ def read(paths) -> dict:
         if not isinstance(record, dict) or "rows" not in record or "machine" not in record:
             sys.exit(f"benchmarks: error: {path}: expected a record of benchmarks, with machine and rows")
         records.append(record)
-    merged = dict(records[0])
-    merged["rows"] = [row for record in records for row in record["rows"]]
-    merged["peaks"] = {name: peak for record in records for name, peak in record["peaks"].items()}
-    return merged
+    return report.merge(records)
 
 
 def run(args) -> dict:
@@ -141,6 +142,11 @@ def main(argv: list[str] | None = None) -> int:
         lines, slower = report.compare(*(read([path]) for path in args.compare))
         print("\n".join(lines or ["no change beyond the noise"]))
         return 1 if slower else 0
+    if args.verb == "gpu":
+        if not args.dry_run and not torch.cuda.is_available():
+            sys.exit("benchmarks: error: gpu needs a CUDA device: there is none (--dry-run runs on a CPU)")
+        results = gpu.run_all(args.out.resolve(), dry=args.dry_run, minutes=args.minutes)
+        return 1 if any(result["outcome"] != "ok" for result in results) else 0
     if args.verb != "report":
         run(args)
         return 0

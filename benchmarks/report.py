@@ -9,9 +9,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 KEY = ("suite", "case", "dtype", "threads", "direction", "axis", "value", "provider")
 COLUMNS = {  # a column's title and how a row fills it; columns that no row fills are left out
     "case": lambda r: r["case"],
@@ -54,19 +51,26 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     return titles, [[row.get(title, "") for title in titles] for row in filled]
 
 
-def show(record: dict, console: Console | None = None) -> None:
+def show(record: dict) -> None:
     """Print a record, a table a suite."""
-    console = console or Console(highlight=False, width=200)
     for suite, rows in by_suite(record).items():
         titles, texts = cells([row for row in rows if "refused" not in row])
-        table = Table(*titles, title=SUITES.get(suite, suite))
-        for row in texts:
-            table.add_row(*row)
-        console.print(table)
+        widths = [max(map(len, column)) for column in zip(titles, *texts, strict=True)]
+        print(f"\n{SUITES.get(suite, suite)}")
+        for row in (titles, *texts):
+            print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
         for row in rows:
             if "refused" in row:
                 labels = ", ".join(str(row[k]) for k in ("dtype", "threads") if k in row)
-                console.print(f"not timed: {row['case']} ({labels}): {row['refused']}", soft_wrap=True)
+                print(f"not timed: {row['case']} ({labels}): {row['refused']}")
+
+
+def merge(records: Sequence[dict]) -> dict:
+    """Records as one: the machine of the first, the peaks and rows of all."""
+    merged = dict(records[0])
+    merged["rows"] = [row for record in records for row in record["rows"]]
+    merged["peaks"] = {name: peak for record in records for name, peak in record["peaks"].items()}
+    return merged
 
 
 def by_suite(record: dict) -> dict[str, list[dict]]:

@@ -47,11 +47,11 @@ def random_batch(sizes: np.ndarray, vocab_size: int, seed: int = 0) -> Batch:
     return pack(random_ids(sizes, vocab_size, seed), **targets)
 
 
-def step_flops(config: BertConfig, sizes: np.ndarray, predicted: int) -> float:
+def step_flops(config: BertConfig, sizes, predicted: int) -> float:
     """Matrix products of forward and backward (twice forward), the head on predicted tokens alone."""
     d = config.hidden_size
     head = 2 * predicted * d * (d + config.vocab_size) + 2 * len(sizes) * d * d
-    return 3 * (forward_flops(config, sizes) + head)
+    return 3 * (forward_flops(config, np.asarray(sizes)) + head)
 
 
 def results(trainee: Trainee, batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -80,6 +80,7 @@ class Reference:
         if place.dtype != torch.float32:
             yardstick = _theirs(Place(weights=place.weights, device=place.device), 0.0, attention="eager")
             self.same = results(yardstick, self.batch, place.dtype)
+            self.same["loss"] = self.same["loss"].to(place.dtype)  # what it was computed in
 
 
 def build(name: str, make: Callable[..., Trainee], place: Place, reference: Reference, batches) -> Callable[[], None]:

@@ -1,0 +1,193 @@
+"""One command for a machine with a GPU and no network: `python -m benchmarks gpu [--dry-run] [--minutes 9]`.
+
+Every stage is a process of its own with a share of the time. When it ends, its result is written; a stage that fails or
+takes too long is recorded, and the next one runs. The last thing printed is a summary under SUMMARY characters.
+`--dry-run` does all of it on a CPU, at toy size, with the kernels in Triton's interpreter.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from minibert.files import write_atomically
+
+from . import measure, report
+
+ROOT = Path(__file__).parent.parent
+SUMMARY = 10_000
+SQUAD = "squad_v1.1_dev_question_context_pairs"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command line after `python`; `minutes` of a budget of nine. Its results are the JSON files of its folder."""
+
+    name: str
+    minutes: float
+    command: list[str]
+
+
+def stages(folder: Path, dry: bool) -> list[Stage]:
+    """What runs, in order: what is right before what is fast."""
+
+    def own(name, minutes):
+        return Stage(name, minutes, ["-m", "benchmarks.gpu", name, str(folder / name), *["--dry-run"] * dry])
+
+    def suite(name, minutes, *options):
+        return Stage(name, minutes, ["-m", "benchmarks", name, "--quick", "--out", str(folder / name), *options])
+
+    toy = "bert-tiny --batch-size 2 --longest 32 --rounds 2 --dtype float32 --lengths half --backend triton"
+    real = "bert-base --batch-size 64 --batches 4 --dtype bfloat16 --lengths full half " + SQUAD
+    model = ["--model", *(toy if dry else real).split(), *["--only", "minibert|eager|sdpa$"] * dry]
+    tests = ["tests/kernels/test_philox.py"] if dry else ["-m", "gpu", "tests/kernels", "tests/train"]
+    return [
+        own("environment", 0.4),
+        Stage("tests", 1.6, ["-m", "pytest", "-q", "--junitxml", str(folder / "tests" / "junit.xml"), *tests]),
+        suite("kernels", 1.5, *(["--tiny", "--backend", "triton"] if dry else [])),
+        own("plans", 0.8),
+        suite("train", 0.9, *model),
+        suite("infer", 0.5, *model),
+        own("pretraining", 3.0),
+        own("profile", 0.3),
+    ]
+
+
+def run(stage: Stage, limit: float, folder: Path, environment: dict) -> dict:
+    """Run a stage for at most `limit` seconds; what became of it, with the records it wrote."""
+    (folder / stage.name).mkdir(parents=True, exist_ok=True)
+    log, start = folder / stage.name / "log.txt", time.perf_counter()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            outcome = "ok" if code == 0 else f"failed with exit code {code}"
+        except subprocess.TimeoutExpired:
+            outcome = f"stopped after {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # what it started goes with it
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    records = {}
+    for path in sorted((folder / stage.name).glob("*.json")):
+        with suppress(ValueError):
+            records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return {"stage": stage.name, "outcome": outcome, "seconds": round(time.perf_counter() - start, 1),
+            "command": ["python", *stage.command], "records": records, "log": text[-4000:]}  # fmt: skip
+
+
+def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[Stage] | None = None) -> list[dict]:
+    """Every stage, each with its share of the time that is left; results are written as they come."""
+    plan, results, end = plan or stages(folder, dry), [], time.perf_counter() + 60 * minutes
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    if dry:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for index, stage in enumerate(plan):
+        share = stage.minutes / sum(later.minutes for later in plan[index:])
+        limit = max(end - time.perf_counter(), 0) * share
+        environment["STAGE_SECONDS"] = str(round(limit))
+        results.append(run(stage, limit, folder, environment))
+        write_atomically(folder / f"{stage.name}.json", json.dumps(results[-1], indent=1) + "\n")
+        print(f"{stage.name}: {results[-1]['outcome']}, {results[-1]['seconds']} s", flush=True)
+    suites = [record for result in results for record in result["records"].values() if "rows" in record]
+    if suites:
+        report.write_html(report.merge(suites), folder / "report.html")
+    text = summary(results)
+    write_atomically(folder / "summary.txt", text)
+    print("\n" + text)
+    return results
+
+
+def summary(results: list[dict]) -> str:
+    """At most SUMMARY characters: a stage's outcome, its lines, and of one that went wrong the end of its log."""
+    room = SUMMARY // len(results) - 100
+    parts = []
+    for result in results:
+        lines = [line for record in result["records"].values() for line in _lines(record)]
+        if result["outcome"] != "ok" or not lines:
+            lines += result["log"].strip().splitlines()[-8:]
+        text = "\n".join(line[:200] for line in lines)
+        if len(text) > room:
+            text = text[:room].rsplit("\n", 1)[0] + f"\n… more in {result['stage']}.json"
+        parts.append(f"== {result['stage']}: {result['outcome']}, {result['seconds']} s\n{text}\n")
+    return "".join(parts)
+
+
+def _lines(record) -> list[str]:
+    if not isinstance(record, dict):
+        return []
+    return record.get("lines") or [_line(row) for row in record.get("rows", ())]
+
+
+def _line(row: dict) -> str:
+    where = ", ".join(str(row[name]) for name in ("case", "direction", "dtype", "provider") if row.get(name))
+    if "refused" in row:
+        return f"{where}: not timed: {row['refused'][:80]}"
+    ratio = f", {row['ratio']:.2f} x" if "ratio" in row else ""
+    shares = [f"{row[f'{name}_share']:.0%} of {name}" for name in ("matrix", "bandwidth") if f"{name}_share" in row]
+    return f"{where}: {1e3 * row['seconds']:.3g} ms{ratio}{', ' * bool(shares)}{', '.join(shares)}"
+
+
+def environment(folder: Path, dry: bool) -> dict:
+    """The machine and its peaks."""
+    device = "cpu" if dry else "cuda"
+    facts, peaks = measure.machine(), {}
+    for dtype in (torch.float32,) if dry else (torch.bfloat16, torch.float16, torch.float32):
+        peaks[str(dtype).removeprefix("torch.")] = asdict(measure.probe(dtype, device))
+    name = facts.get("gpu", {}).get("name", facts["cpu"])
+    lines = [f"{name}, {', '.join(f'{package} {version}' for package, version in facts['versions'].items())}"]
+    lines += [f"{dtype}: {p['flops'] / 1e12:.1f} TFLOP/s, {p['bytes'] / 1e9:.0f} GB/s" for dtype, p in peaks.items()]
+    return {"machine": facts, "peaks": peaks, "lines": lines}
+
+
+def profile(folder: Path, dry: bool) -> dict:
+    """Where the time of a pretraining step goes."""
+    from minibert import BertForPreTraining
+    from minibert.config import BertConfig
+    from minibert.profile import Options, profile_step, synthetic_batch
+
+    torch.manual_seed(0)
+    config = BertConfig.preset("bert-tiny" if dry else "bert-base")
+    model = BertForPreTraining(config, backend="triton").to("cpu" if dry else "cuda")
+    size = {"batch_size": 2, "length": 16} if dry else {"batch_size": 128, "length": 128}
+    batch = synthetic_batch(config, "BertForPreTraining", fill=0.75, **size)
+    options = Options(dtype="float32" if dry else "bfloat16", steps=1 if dry else 5, warmup=0 if dry else 3)
+    result = profile_step(model, batch, options, folder)
+    found = result["summary"]
+    lines = [f"{found['step_ms']:.2f} ms a step, {found['tokens_per_second']:,.0f} tokens/s, launches "
+             f"{found['launches']}, waits {found['cuda_waits']}, host syncs {found['host_syncs']}"]  # fmt: skip
+    return {"lines": lines + [f"{r['op'][:60]}: {r['self_ms']:.3f} ms, {r['share']:.1%}" for r in result["ops"][:15]]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """One stage of this project's own, in this process."""
+    from . import plans, pretraining
+
+    own = {"environment": environment, "plans": plans.search, "pretraining": pretraining.run, "profile": profile}
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="one stage of `gpu`")
+    parser.add_argument("stage", choices=own)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args(argv)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    result = own[args.stage](args.folder, args.dry_run)
+    write_atomically(args.folder / RESULT, json.dumps(result, indent=1) + "\n")
+    print("\n".join(result["lines"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""A search for better launch plans of attention, which prints the lines to paste into `launch.py`.
+
+It walks from the plan that is there to the fastest of its neighbours, as long as one is faster: half or twice a tile,
+other warps, a persistent grid or none. A neighbour that does not fit the chip, or whose result differs, is passed over.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minibert_kernels import attention, launch
+
+from .measure import seconds
+
+GAIN = 0.98  # a plan has to take less than this share of the time of the one it replaces
+TILES = (16, 32, 64, 128)
+
+
+def inputs(dry: bool, head_size: int, length: int) -> tuple[Tensor, Tensor]:
+    """q, k and v in one tensor, [T, 3, H, d], and the borders of sequences of one length."""
+    device, count, heads = ("cpu", 2, 1) if dry else ("cuda", 16384 // length, 768 // head_size)
+    torch.manual_seed(0)
+    qkv = torch.randn(count * length, 3, heads, head_size, device=device)
+    cuts = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
+    return qkv.to(torch.float32 if dry else torch.bfloat16), cuts
+
+
+def calls(qkv: Tensor, cuts: Tensor, length: int) -> dict[str, Callable[[], Tensor]]:
+    """Forward, and backward alone, as functions that return what to compare."""
+    leaf = qkv.detach().requires_grad_()
+    q, k, v = leaf.unbind(1)
+    out = attention(q, k, v, cuts, length, dropout=0.1, seed=1, backend="triton")
+    gradient = torch.randn_like(out)
+    return {
+        "fwd": lambda: attention(*qkv.unbind(1), cuts, length, dropout=0.1, seed=1, backend="triton"),
+        "bwd": lambda: torch.autograd.grad(out, leaf, gradient, retain_graph=True)[0],
+    }
+
+
+def neighbours(tiles: tuple) -> Iterator[tuple]:
+    block_m, block_n, warps, persistent = tiles
+    for factor in (0.5, 2):
+        if block_m * factor in TILES:
+            yield int(block_m * factor), block_n, warps, persistent
+        if block_n * factor in TILES:
+            yield block_m, int(block_n * factor), warps, persistent
+    yield block_m, block_n, 12 - warps, persistent
+    yield block_m, block_n, warps, not persistent
+
+
+def timed(call: Callable[[], Tensor], rounds: int) -> float:
+    return statistics.median(seconds(call) for _ in range(rounds))
+
+
+def walk(key: tuple, wide: int, call: Callable[[], Tensor], rounds: int, end: float) -> tuple[tuple, float, float]:
+    """The best tiles found for launch.ATTENTION_TILES[key][wide], seconds before, seconds with them."""
+    pair = launch.ATTENTION_TILES[key]
+
+    def tried(tiles):
+        launch.ATTENTION_TILES[key] = tuple(tiles if i == wide else other for i, other in enumerate(pair))
+        result = call()
+        if not torch.allclose(result.float(), truth, rtol=0, atol=0.02 * float(truth.abs().max())):
+            raise ArithmeticError(f"{key} {tiles}: another result")
+        return timed(call, rounds)
+
+    truth = call().float()
+    best, before = pair[wide], timed(call, rounds)
+    fastest, seen, better = before, {pair[wide]}, True
+    while better:
+        better = False
+        for tiles in list(neighbours(best)):
+            if tiles in seen or time.perf_counter() > end:
+                continue
+            seen.add(tiles)
+            try:
+                taken = tried(tiles)
+            except Exception as error:  # too much shared memory, a compiler that gives up, another result
+                print(f"{key} {tiles}: {' '.join(str(error).split())[:120]}")
+                continue
+            if taken < GAIN * fastest:
+                best, fastest, better = tiles, taken, True
+    launch.ATTENTION_TILES[key] = tuple(best if i == wide else other for i, other in enumerate(pair))
+    return best, before, fastest
+
+
+def search(folder: Path, dry: bool) -> dict:
+    """Walk from every plan of this chip, for heads of 64 and of 128, in the time that STAGE_SECONDS leaves."""
+    start, budget = time.perf_counter(), float(os.environ.get("STAGE_SECONDS", 60)) * 0.85
+    rounds, length = (1, 32) if dry else (15, 512)
+    directions = {"fwd": "fwd", "dq": "bwd", "dkdv": "bwd"}
+    name = "interpreter" if dry else torch.cuda.get_device_name()
+    found, rows = {}, []
+    for number, (wide, direction) in enumerate((w, d) for w in (0, 1) for d in directions):
+        size = 16 if dry else (64, 128)[wide]
+        if dry and number:
+            break
+        qkv, cuts = inputs(dry, size, length)
+        chip = launch._attention_chip(qkv.element_size(), launch.capability(qkv.device))
+        end = start + budget * (number + 1) / 6
+        tiles, before, after = walk(
+            (chip, direction), wide, calls(qkv, cuts, length)[directions[direction]], rounds, end
+        )
+        found[chip, direction] = launch.ATTENTION_TILES[chip, direction]
+        rows.append({"chip": chip, "direction": direction, "head_size": size, "tiles": tiles, "seconds_before": before,
+                     "seconds": after})  # fmt: skip
+    lines = [f"# {name}, {date.today()}, S = {length}: paste into ATTENTION_TILES"]
+    lines += [f"    {key!r}: {pair!r},".replace("'", '"') for key, pair in found.items()]
+    lines += [f"# {r['direction']} d={r['head_size']}: {1e6 * r['seconds_before']:.1f} to {1e6 * r['seconds']:.1f} µs"
+              for r in rows]  # fmt: skip
+    return {"plans": rows, "lines": lines}

@@ -1,0 +1,98 @@
+"""The gate can fail: what computes something else is refused, by name."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import inference, peers, training
+from benchmarks.gate import Refused, judge
+from benchmarks.peers import Place
+from minibert import BertForPreTraining
+from minibert.config import BertConfig
+
+CONFIG = BertConfig.preset("bert-tiny", vocab_size=200, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(weights=peers.random_weights(CONFIG, tmp_path_factory.mktemp("weights"), BertForPreTraining))
+
+
+@pytest.fixture(scope="module")
+def reference(place):
+    return inference.Reference(place, CONFIG.vocab_size)
+
+
+def build(make, place, reference, name="candidate"):
+    return inference.build(name, make, place, reference, [reference.ids])
+
+
+def broken(place, fault) -> peers.Encoder:
+    """transformers' encoder with one fault."""
+    model = peers.hf_model("BertModel", place, "sdpa").eval()
+    encoder = peers.Encoder(lambda ids: peers.padded(ids, "cpu"), lambda batch: model(**batch), peers.masked_states)
+    if fault == "mask":
+        full = lambda batch: batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}  # noqa: E731
+        states = lambda output, batch: peers.masked_states(output, batch)  # noqa: E731
+        return peers.Encoder(encoder.prepare, lambda batch: model(**full(batch)), states)
+    layer = model.encoder.layer[1]
+    if fault == "gelu":
+        layer.intermediate.intermediate_act_fn = nn.GELU(approximate="tanh")
+    if fault == "bias":
+        layer.output.dense.bias.data.zero_()
+    return encoder
+
+
+@pytest.mark.parametrize("make", inference.PROVIDERS.values(), ids=inference.PROVIDERS)
+def test_what_computes_bert_is_timed(make, place, reference):
+    if isinstance(make, partial) and "dynamic" in make.keywords:
+        pytest.skip("compiling takes a minute")
+    build(make, place, reference)()
+
+
+def test_the_unbroken_copy_is_accepted(place, reference):
+    build(lambda place: broken(place, None), place, reference)()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("fault", ("mask", "gelu", "bias"))
+def test_what_computes_something_else_is_refused_by_name(fault, dtype, place):
+    place = replace(place, dtype=dtype)
+    reference = inference.Reference(place, CONFIG.vocab_size)
+    with pytest.raises(Refused, match=f"a wrong {fault}.*: states differs by"):
+        build(lambda place: broken(place, fault), place, reference, f"a wrong {fault}")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_training_is_judged_by_loss_and_gradients(dtype, place):
+    place = replace(place, dtype=dtype)
+    reference = training.Reference(place, CONFIG.vocab_size)
+    batches = [training.random_batch(np.array([5, 9, 7]), CONFIG.vocab_size)]
+    for name in ("minibert", "transformers sdpa", "transformers sdpa, masked rows"):
+        training.build(name, training.PROVIDERS[name], place, reference, batches)()
+
+    def wrong_gradient(place, dropout):
+        trainee = peers.minibert_trainee(place, dropout)
+        layer = [p for name, p in trainee.model.named_parameters() if "layers.1" in name and p.ndim == 2][-1]
+        layer.register_hook(lambda gradient: gradient * 1.01)
+        return trainee
+
+    with pytest.raises(Refused, match=r"1 % off in float32: grad .*1 differs by"):
+        training.build("1 % off", wrong_gradient, place, reference, batches)
+
+
+@pytest.mark.parametrize(
+    ("actual", "message"),
+    [
+        ({}, "gives no states"),
+        ({"states": torch.ones(2, 3)}, r"shape \[2, 3\], expected \[3, 2\]"),
+        ({"states": torch.full((3, 2), torch.nan)}, "is not finite"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(actual, message):
+    with pytest.raises(Refused, match=f"candidate: .*{message}"):
+        judge("candidate", actual, {"states": torch.ones(3, 2)})

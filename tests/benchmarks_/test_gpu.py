@@ -1,0 +1,47 @@
+"""The command for a machine with a GPU: all its stages at toy size, and what happens when one goes wrong."""
+
+import json
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.__main__ import main
+from benchmarks.gpu import Stage
+
+
+def test_dry_run_goes_through_every_stage(tmp_path, capsys):
+    code = main(["gpu", "--dry-run", "--minutes", "9", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    outcomes = {
+        stage.name: json.loads((tmp_path / f"{stage.name}.json").read_text()) for stage in gpu.stages(tmp_path, True)
+    }
+    assert {name: found["outcome"] for name, found in outcomes.items()} == dict.fromkeys(outcomes, "ok")
+    assert all(found["records"] for name, found in outcomes.items() if name != "tests")
+    timed = [row for name in ("kernels", "train", "infer") for record in outcomes[name]["records"].values()
+             for row in record["rows"] if row["provider"].startswith("minibert")]  # fmt: skip
+    assert len(timed) >= 3 and not [row for row in timed if "refused" in row]
+    assert len((tmp_path / "summary.txt").read_text()) < gpu.SUMMARY
+    assert (tmp_path / "report.html").exists() and (tmp_path / "pretraining" / "curve.svg").exists()
+
+
+def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_runs(tmp_path, capsys):
+    write = "import json, sys; json.dump({'lines': ['seen ' + str(i) for i in range(9999)]}, open(sys.argv[1], 'w'))"
+    (tmp_path / "good").mkdir()
+    plan = [
+        Stage("bad", 1, ["-c", "raise SystemExit('no such kernel')"]),
+        Stage("slow", 1, ["-c", "import time; time.sleep(60)"]),
+        Stage("good", 8, ["-c", write, str(tmp_path / "good" / "result.json")]),
+    ]
+    results = gpu.run_all(tmp_path, minutes=0.2, plan=plan)
+    assert [found["outcome"].split(" after")[0] for found in results] == ["failed with exit code 1", "stopped", "ok"]
+    text = (tmp_path / "summary.txt").read_text()
+    assert len(text) < gpu.SUMMARY and "no such kernel" in text and "seen 0\n" in text
+    assert "… more in good.json" in text
+    assert capsys.readouterr().out.endswith(text + "\n")
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="gpu needs a CUDA device"):
+        main(["gpu"])

@@ -1,0 +1,113 @@
+"""What becomes of measured seconds: figures, comparisons, pages."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from benchmarks import lengths, report
+from benchmarks.__main__ import main
+from benchmarks.gate import Refused
+from benchmarks.measure import Case, Peaks, Work, figures, measure
+
+PEAKS = Peaks(flops=1e12, bytes=1e11)
+
+
+def row(**values):
+    return {"suite": "infer", "case": "half, batch 8", "dtype": "float32", "threads": 2, "provider": "minibert",
+            "seconds": 1.0, "seconds_low": 0.98, "seconds_high": 1.02, "ratio": 2.0, "ratio_low": 1.9,
+            "ratio_high": 2.1, "tokens_per_second": 100.0} | values  # fmt: skip
+
+
+def record(*rows):
+    machine = {"cpu": "a CPU", "date": "2026-01-01"}
+    return {"machine": machine, "options": {}, "peaks": {"float32, 2 threads": vars(PEAKS)}, "rows": list(rows)}
+
+
+def test_a_rate_above_the_roofline_is_refused():
+    assert figures(Work(flops=1e12), [1.0], None, PEAKS)["matrix_share"] == 1
+    assert "above the matrix peak" in figures(Work(flops=1e12), [0.9], None, PEAKS)["refused"]
+    assert "above the bandwidth peak" in figures(Work(bytes=1e12), [0.9], None, PEAKS)["refused"]
+
+
+def test_ratios_are_taken_within_a_round():
+    found = figures(Work(tokens=10), [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], PEAKS)
+    assert (found["ratio"], found["ratio_low"], found["ratio_high"]) == (2, 2, 2)
+    assert found["tokens_per_second"] == 5
+
+
+def test_one_that_is_refused_missing_or_broken_costs_the_others_nothing():
+    def fails(error):
+        def build():
+            raise error
+
+        return build
+
+    providers = {
+        "good": lambda: lambda: None,
+        "other": fails(Refused("other: states differs")),
+        "missing": fails(ImportError("x", name="onnxruntime")),
+        "broken": fails(RuntimeError("no\nluck")),
+    }
+    rows = measure(Case(suite="s", name="c", work=Work(), providers=providers, baseline="good"), rounds=3, peaks=PEAKS)
+    assert {r["provider"]: r.get("refused") for r in rows} == {
+        "good": None, "other": "other: states differs", "missing": "not installed: onnxruntime",
+        "broken": "RuntimeError: no luck",
+    }  # fmt: skip
+    assert rows[0]["ratio"] == 1
+
+
+@pytest.mark.parametrize("name", lengths.DATASETS)
+def test_drawn_lengths_are_those_of_the_data_set(name):
+    drawn = lengths.sample(name, 20_000, longest=10**9)
+    _, mean, quantiles = lengths.DATASETS[name]
+    assert drawn.mean() == pytest.approx(mean, rel=0.08)
+    assert np.median(drawn) == pytest.approx(quantiles[lengths.LEVELS.index(50)], rel=0.05, abs=1)
+
+
+@pytest.mark.parametrize(("name", "share"), lengths.ARTIFICIAL.items())
+def test_fill_is_what_it_says(name, share):
+    drawn = lengths.sample(name, 64, longest=512)
+    assert drawn.max() == 512 and drawn.mean() / 512 == pytest.approx(share, rel=0.03)
+
+
+def test_compare_tells_a_change_from_noise(tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(record(row(), row(case="same"))))
+    slower = row(seconds=1.2, seconds_low=1.15, seconds_high=1.25)
+    new.write_text(json.dumps(record(slower, row(case="same", seconds=1.01))))
+    assert main(["--compare", str(old), str(new)]) == 1
+    assert re.fullmatch(r"SLOWER    infer, half, batch 8.*: \+20.0% \(noise 4.0%\)\n", capsys.readouterr().out)
+    assert main(["--compare", str(new), str(old)]) == 0
+    assert main(["--compare", str(old), str(old)]) == 0
+    assert capsys.readouterr().out.endswith("no change beyond the noise\n")
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path):
+    kernel = row(suite="kernels", direction="fwd", intensity=10.0, flops_per_second=1e11)
+    curve = [row(suite="scaling", axis="length", value=value) for value in (64, 128)]
+    xray = [{"op": "attention", "arch": 90, "mma": {"HGMMA": 4}, "occupancy": 0.5}]
+    found = record(row(), row(provider="<b>&", refused="a < b"), kernel, *curve)
+    report.write_html(found, tmp_path / "page.html", xray)
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search(r"(src|href)=['\"]?(?!['\"]?data:)", page) and "<script" not in page and "@import" not in page
+    assert page.count("data:image/svg+xml") == 4  # bars twice, the roofline, a curve
+    assert "a &lt; b" in page and "4 HGMMA" in page
+
+
+def test_readme_tables_come_from_the_record(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- infer -->\nold\n<!-- /infer -->\nafter\n")
+    assert report.update_readme(readme, record(row(), row(suite="train"))) == ["infer"]
+    text = readme.read_text()
+    assert "old" not in text and "| half, batch 8 | float32, 2 threads | 2.00 (1.90 to 2.10) |" in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n")
+
+
+@pytest.mark.parametrize("content", ("{", "[]", '{"rows": []}'))
+def test_a_file_that_is_no_record_is_named(tmp_path, content):
+    path = tmp_path / "odd.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match="odd.json"):
+        main(["report", str(path)])
