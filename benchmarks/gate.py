@@ -1,14 +1,15 @@
 """What is not equal is not timed: a provider's results are judged before the clock starts.
 
-In float32 a result may differ from the reference by rounding alone, so that a wrong formula is found: a tanh GELU in
-place of the erf form moves the states of a BERT by more than a hundred times the limit. In lower precision it may be
-FACTOR times as far from the float32 truth as the reference itself is in that precision.
+In float32 a result may differ from the reference by rounding alone, so that a wrong formula is found: on the weights of
+`peers.random_weights`, a tanh GELU in place of the erf form in a single layer is four times the limit, and what merely
+rounds otherwise a seventh of it. In lower precision it may be FACTOR times as far from the float32 truth as the
+reference itself is in that precision.
 """
 
 import torch
 from torch import Tensor
 
-VALUE_LIMIT, GRADIENT_LIMIT = 2e-5, 2e-4  # float32; the worst element, over the largest of the reference
+VALUE_LIMIT, GRADIENT_LIMIT = 1e-5, 2e-4  # float32; the worst element, over the largest of the reference
 FACTOR = 2.0  # lower precision; root mean square, against the reference's own
 
 

@@ -5,6 +5,7 @@ is small, so a long run learns it by heart. The held-out loss says when.
 """
 
 import os
+import tempfile
 import time
 from itertools import islice
 from pathlib import Path
@@ -38,7 +39,7 @@ def texts() -> tuple[list[str], list[str]]:
 
 
 def parts(folder: Path, tokens: int, length: int):
-    """Tokenizer, and the batches to train on and to evaluate on."""
+    """Tokenizer, and the batches to train on and to evaluate on; the stores go under `folder`."""
     train, held_out = texts()
     tokenizer = Tokenizer.train([line for text in train for line in text.split("\n")], 8192)
     stores = []
@@ -54,7 +55,7 @@ def run(folder: Path, dry: bool) -> dict:
     budget = min(float(os.environ.get("STAGE_SECONDS", 180)) * 0.8, 5 if dry else 180)
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     tokens, length, every = (128, 32, 1) if dry else (32768, 128, 20)
-    tokenizer, data, held_out = parts(folder, tokens, length)
+    tokenizer, data, held_out = parts(Path(tempfile.mkdtemp(dir=folder)), tokens, length)
     torch.manual_seed(0)
     config = BertConfig.preset("bert-tiny" if dry else "bert-base", vocab_size=tokenizer.vocab_size)
     model = BertForPreTraining(config, backend="triton").to(device)

@@ -9,10 +9,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-
 from ..files import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -87,6 +83,10 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
             self.bar = RichProgress(*columns, console=Console(file=self.stream))
             self.bar.start()

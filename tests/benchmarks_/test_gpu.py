@@ -1,6 +1,8 @@
 """The command for a machine with a GPU: all its stages at toy size, and what happens when one goes wrong."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -45,3 +47,10 @@ def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="gpu needs a CUDA device"):
         main(["gpu"])
+
+
+def test_it_asks_for_no_package_that_an_image_for_cuda_may_lack():
+    lacking = ("rich", "jsonargparse", "yaml", "datasets", "sklearn", "onnx", "onnxruntime", "sentence_transformers")
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking!r})); import benchmarks.__main__, benchmarks.plans, "
+    code += "benchmarks.pretraining, minibert.profile"
+    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
