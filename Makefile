@@ -23,7 +23,11 @@ $(SETUP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# every kernel compiled for four architectures, against the limits of xray_limits.json
+xray: $(SETUP)
+	$(BIN)/python -m minibert_kernels.xray
+
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks infer --quick
 
-.PHONY: demo test fuzz lint bench
+.PHONY: demo test fuzz lint xray bench

@@ -241,15 +241,13 @@ def step_rows(models, lengths, gpus, tokens: int = STEP_TOKENS, matrix_share: fl
                 for gpu in gpus:
                     times = {op: seconds(w, GPUS[gpu], matrix_share=matrix_share) for op, w in work.items()}
                     total = sum(time for time, _ in times.values())
-                    found.append({
-                        "model": name, "length": length, "variant": variant, "gpu": gpu, "tokens": tokens,
-                        "ops": {
-                            op: {"bytes": w.bytes, "flops": w.flops, "share": times[op][0] / total, "bound": times[op][1]}
-                            for op, w in work.items()
-                        },
-                        "step_us": 1e6 * total * tokens,
-                        "mfu": model_flops(MODELS[name], length) / (total * GPUS[gpu].matrix),
-                    })  # fmt: skip
+                    ops = {
+                        op: {"bytes": w.bytes, "flops": w.flops, "share": time / total, "bound": bound}
+                        for (op, w), (time, bound) in zip(work.items(), times.values(), strict=True)
+                    }
+                    mfu = model_flops(MODELS[name], length) / (total * GPUS[gpu].matrix)
+                    row = {"model": name, "length": length, "variant": variant, "gpu": gpu, "tokens": tokens}
+                    found.append(row | {"ops": ops, "step_us": 1e6 * total * tokens, "mfu": mfu})
     return found
 
 
