@@ -23,6 +23,10 @@ $(SETUP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# every kernel compiled for four architectures, against the limits of xray_limits.json
+xray: $(SETUP)
+	$(BIN)/python -m minibert_kernels.xray
+
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks infer --quick
 
@@ -30,4 +34,4 @@ bench: $(SETUP)
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks gpu --minutes $(or $(MINUTES),9)
 
-.PHONY: demo test fuzz lint bench gpu
+.PHONY: demo test fuzz lint xray bench gpu

@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(".", include=["minibert", "minibert.*"]) + find_packages("kernels"),
     package_dir={"minibert": "minibert", "minibert_kernels": "kernels/minibert_kernels"},
-    package_data={"minibert": ["samples/*.csv"]},
+    package_data={"minibert": ["samples/*.csv"], "minibert_kernels": ["xray_limits.json"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.6; platform_system == 'Linux'",

@@ -45,8 +45,8 @@ class Place:
 
 
 def random_weights(config: BertConfig, folder: Path, kind: type = BertModel) -> Path:
-    """A checkpoint in which every parameter matters: fresh models have zero biases, which nobody would miss, and weights
-    so small, half of a trained BERT's, that GELU is almost linear."""
+    """A checkpoint in which every parameter matters: fresh models have zero biases, which nobody would miss, and
+    weights so small, half of a trained BERT's, that GELU is almost linear."""
     torch.manual_seed(0)
     model = kind(config)
     with torch.no_grad():

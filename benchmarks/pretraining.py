@@ -78,8 +78,8 @@ def run(folder: Path, dry: bool) -> dict:
         done += batch.num_tokens
         flops += step_flops(config, batch.lengths, len(batch.mlm_rows))
         if step % every == 0:  # reading the loss waits for the device
-            row = {"step": step, "seconds": time.perf_counter() - start, "loss": float(out.loss)}
-            curve.append(row | {"mlm_loss": float(out.mlm_loss)})
+            row = {"step": step, "seconds": time.perf_counter() - start}
+            curve.append(row | {"loss": out.loss.item(), "mlm_loss": out.mlm_loss.item()})
     if device == "cuda":
         torch.cuda.synchronize()
     spent = time.perf_counter() - start

@@ -214,16 +214,16 @@ def cases() -> list[Case]:
             forward=row + distinct * WIDTH * 2, backward=row + 2 * distinct * WIDTH * 2,
         )
     )  # fmt: skip
-    hidden, classes = half(64, 64), 8192
-    labels = torch.randint(classes, (64,), generator=generator)
-    found.append(
-        Case(
-            op="linear_cross_entropy", label=f"V={classes}",
-            call=lambda h, y, w, b: linear_cross_entropy(h, w, b, y, max_labels=64, backend="triton"),
-            activations=(hidden, labels), parameters=(half(classes, 64), half(classes)),
-            forward=2 * 64 * classes * 2, backward=0, tokens=64,
-        )
-    )  # fmt: skip
+    for rows, classes in ((64, 8192), (16, 30522)):  # a row in registers, and one that is too wide
+        labels = torch.randint(classes, (rows,), generator=generator)
+        found.append(
+            Case(
+                op="linear_cross_entropy", label=f"V={classes}",
+                call=lambda h, y, w, b, n=rows: linear_cross_entropy(h, w, b, y, max_labels=n, backend="triton"),
+                activations=(half(rows, 64), labels), parameters=(half(classes, 64), half(classes)),
+                forward=2 * rows * classes * 2, backward=0, tokens=rows,
+            )
+        )  # fmt: skip
     cuts = torch.arange(0, TOKENS + 1, 64, dtype=torch.int32)
     mask = torch.ones(4, 64, dtype=torch.bool)
     moves = {

@@ -1,18 +1,22 @@
-"""What the compiler made of each kernel of each default launch plan, without a GPU.
+"""What the compiler made of each kernel of each default launch plan, and what it must cost, without a GPU.
 
-    python -m minibert_kernels.xray [--arch 80 90 100 120] [--only "attention bwd.*d=64"] [--json | --markdown]
+    python -m minibert_kernels.xray [--arch 80 90 100 120] [--only "attention bwd.*d=64"] [--gpu h200] [--json] ...
 
 Triton compiles for a GPU that is not there, and its wheel carries NVIDIA's assembler and disassembler. A row is one
-kernel on one architecture: registers a thread, bytes spilled, stack, shared memory, matrix instructions by kind. A
-spill, or a product without the matrix instructions of its architecture, is named as an error, and the exit code is 1.
+kernel on one architecture; `traffic` counts the bytes of its op beside it, and `roofline` says what the hardware
+allows. Where a limit of xray_limits.json is broken, the row is named as an error, and the exit code is 1.
+
+What was compiled and counted is kept in $MINIBERT_XRAY_CACHE, by default minibert/xray in the user's cache folder.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import io
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -20,6 +24,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import minibert_kernels
@@ -30,99 +35,377 @@ from .attention import aot_cases as attention_cases
 from .dispatch import interpreting
 from .launch import FP_FUSION, AotCase
 from .linear_cross_entropy import aot_cases as cross_entropy_cases
+from .roofline import (
+    GPUS,
+    LAUNCH,
+    MATRIX_SHARE,
+    MODELS,
+    STEP_TOKENS,
+    TOKENS,
+    kernel_work,
+    occupancy,
+    seconds,
+    step_rows,
+    step_text,
+)
 
 ARCHITECTURES = (80, 90, 100, 120)
 MODULES = (gelu, layer_norm, embedding, segment, packing, masking, lamb)
 CASES = (attention_cases, cross_entropy_cases, *(module.aot_cases for module in MODULES))
 # the mnemonic with which each architecture multiplies matrices at full speed
 MATRIX_KIND = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+LIMITS = Path(__file__).with_name("xray_limits.json")
+CHUNK = 8  # kernels that a process compiles at once: the disassembler takes 0.2 s to start
+DIFFED = (
+    "num_warps", "num_stages", "registers", "spilled_bytes", "stack", "shared_bytes", "occupancy", "limiter",
+    "wide_share", "mma", "bytes_over_minimum",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One compiled kernel; sizes in bytes, registers a thread, shared memory a program."""
+    """One compiled kernel.
+
+    Args:
+        plan: what tells the plans of an op and direction apart.
+        arch: e.g. 90 for sm_90.
+        registers: a thread. spilled_bytes, stack: likewise. shared_bytes: a program.
+        occupancy: resident warps over the most there can be. limiter: what keeps them from being more.
+        mma: matrix instructions in the code, by kind.
+        wide_share: of the instructions that read or write global memory, those of 16 bytes or more a thread.
+        bytes_over_minimum: of the op and direction, as `traffic` counts them; None where it does not.
+        bytes_per_token, flops_per_token, intensity: as `roofline.kernel_work` has them; FLOPs of matrix products.
+        gpu, predicted_us, bound: the time of 16,384 tokens on a GPU, and the limit that binds.
+    """
 
     op: str
     direction: str
-    label: str
+    plan: str
     kernel: str
     arch: int
     num_warps: int
     num_stages: int
     registers: int
-    spills: int
+    spilled_bytes: int
     stack: int
-    shared: int
+    shared_bytes: int
+    occupancy: float
+    limiter: str
     matmul: bool
-    matrix: dict = field(default_factory=dict)
+    mma: dict = field(default_factory=dict)
+    wide_share: float | None = None
+    bytes_over_minimum: float | None = None
+    bytes_per_token: float | None = None
+    flops_per_token: float | None = None
+    intensity: float | None = None
+    gpu: str | None = None
+    predicted_us: float | None = None
+    bound: str | None = None
 
-    def faults(self) -> list[str]:
-        """What a default plan may not have, one sentence each."""
-        name, found = f"{self.op} {self.direction} {self.label} on sm_{self.arch}", []
-        if self.spills:
-            found.append(f"{name} spills {self.spills} bytes")
-        if self.matmul and MATRIX_KIND[self.arch] not in self.matrix:
-            found.append(f"{name} has no {MATRIX_KIND[self.arch]} instruction")
-        return found
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.direction} {self.plan} sm_{self.arch}"
+
+
+@cache
+def _every_case(capability):
+    return [case for found in CASES for case in found(capability)]
 
 
 def cases(capability: int, only: str = "") -> list[AotCase]:
-    """The kernels of an architecture's default launch plans whose "op direction label" the pattern matches."""
-    every = (case for found in CASES for case in found(capability))
-    return [case for case in every if re.search(only, f"{case.op} {case.direction} {case.label}")]
+    """The kernels of an architecture's default launch plans whose "op direction plan" the pattern matches."""
+    return [c for c in _every_case(capability) if re.search(only, f"{c.op} {c.direction} {c.label}")]
+
+
+def _source(case):
+    from triton.compiler import ASTSource
+
+    return ASTSource(case.fn, case.signature, case.constexprs, case.attrs)
+
+
+def _options(case):
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FP_FUSION}
+
+
+def _compile(case, capability, options):
+    """The compiled kernel, and what the assembler said."""
+    from triton.backends.compiler import GPUTarget
+
+    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(io.StringIO()) as log:
+        # the assembler's report is not cached
+        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(_source(case), target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled, log.getvalue()
+
+
+def _disassemble(content, *options):
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(content)
+        file.flush()
+        command = [disassembler, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(cubins: list[bytes], capability: int) -> list[str]:
+    """The instructions of kernels of one architecture, by one call of the disassembler."""
+    codes = [_code(cubin) for cubin in cubins]
+    text = _disassemble(b"".join(codes), "-ndf", "-b", f"SM{capability}{'a' if capability >= 90 else ''}")
+    found, number, end = [[] for _ in cubins], 0, len(codes[0])
+    for line in text.splitlines():
+        place = re.match(r"\s*/\*([0-9a-f]{4,})\*/", line)
+        while place and int(place[1], 16) >= end:
+            number += 1
+            end += len(codes[number])
+        found[number].append(line)
+    return ["\n".join(lines) for lines in found]
+
+
+def _code(cubin):
+    """The bytes of the sections .text.* of an ELF file."""
+    [table] = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    # name, type, flags, address, offset, size
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    texts = [header for header in headers if cubin.startswith(b".text.", headers[names][4] + header[0])]
+    return b"".join(cubin[header[4] : header[4] + header[5]] for header in texts)
+
+
+def _facts(cases, capability, options):
+    """What rows say that takes a compiler to know; options of each case."""
+    compiled = [_compile(case, capability, own) for case, own in zip(cases, options, strict=True)]
+    codes = instructions([kernel.asm["cubin"] for kernel, _ in compiled], capability)
+    return [_facts_of(kernel, log, code) for (kernel, log), code in zip(compiled, codes, strict=True)]
+
+
+def _facts_of(compiled, log, code):
+    sizes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spilled_bytes": int(sizes[2]) + int(sizes[3]), "stack": int(sizes[1]),
+        "shared_bytes": compiled.metadata.shared, "tensor_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
+        "mma": dict(sorted(Counter(re.findall(r"\b([HIQOD]G?MMA|UTC\w*MMA)\b", code)).items())),
+        "wide_share": wide_share(code),
+    }  # fmt: skip
+
+
+def wide_share(code: str) -> float | None:
+    """Of the instructions of machine code that move global memory, the share that moves 16 bytes or more a thread."""
+    found = re.findall(r"\b(LDG|STG|LDGSTS|UBLKCP|UTMALDG|UTMASTG)\b([.\w]*)", code)
+    wide = [name.startswith("U") or bool(re.search(r"\.(128|256)\b", width)) for name, width in found]
+    return round(sum(wide) / len(wide), 3) if wide else None
 
 
 def compile_case(case: AotCase, capability: int, **options) -> Row:
     """Compile one case for sm_`capability` and read what came out; options override those of the launch."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    options = _options(case) | options
+    return _row(case, capability, options, _facts([case], capability, [options])[0])
 
-    source = ASTSource(case.fn, case.signature, case.constexprs, case.attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FP_FUSION} | options
-    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(io.StringIO()) as log:
-        # the assembler's report is not cached
-        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+def _row(case, capability, options, facts):
+    warps, facts = options["num_warps"], dict(facts)
+    share, limiter = occupancy(
+        capability, warps, facts["registers"], facts["shared_bytes"], facts.pop("tensor_columns")
+    )
+    work = kernel_work(case.op, case.direction, case.label)
+    if work:
+        facts |= {"bytes_per_token": work.bytes, "flops_per_token": work.flops or None}
+        facts |= {"intensity": round(work.flops / work.bytes, 1) if work.flops else None}
     return Row(
-        op=case.op, direction=case.direction, label=case.label, kernel=case.fn.__name__, arch=capability,
-        num_warps=options["num_warps"], num_stages=options["num_stages"], shared=compiled.metadata.shared,
-        matmul=case.matmul, matrix=_matrix_instructions(compiled.asm["cubin"]), **_assembler_report(log.getvalue()),
+        op=case.op, direction=case.direction, plan=case.label, kernel=case.fn.__name__, arch=capability,
+        num_warps=warps, num_stages=options["num_stages"], matmul=case.matmul, occupancy=round(share, 4),
+        limiter=limiter, **facts,
     )  # fmt: skip
 
 
-def _assembler_report(log: str) -> dict:
-    sizes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    registers = re.search(r"Used (\d+) registers", log)
-    return {"registers": int(registers[1]), "spills": int(sizes[2]) + int(sizes[3]), "stack": int(sizes[1])}
-
-
-def _matrix_instructions(cubin: bytes) -> dict:
-    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return dict(sorted(Counter(re.findall(r"\b(HMMA|HGMMA|UTC\w*MMA)\b", sass)).items()))
-
-
 def compile_all(architectures=ARCHITECTURES, only: str = "", processes: int = 2) -> list[Row]:
-    """A row for every case of every architecture, in order."""
-    work = [(arch, only, index) for arch in architectures for index in range(len(cases(arch, only)))]
-    with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(_compile_numbered, work, chunksize=4))
+    """A row for every case of every architecture, in order; only what is not in the cache is compiled."""
+    work = [(arch, index, case) for arch in architectures for index, case in enumerate(cases(arch, only))]
+    paths = [_cache_path(case, arch) for arch, _, case in work]
+    facts = [_read(path) for path in paths]
+    missing = [number for number, found in enumerate(facts) if found is None]
+    jobs = []
+    for arch in architectures:
+        numbers = [number for number in missing if work[number][0] == arch]
+        jobs += [(arch, only, numbers[i : i + CHUNK]) for i in range(0, len(numbers), CHUNK)]
+    if jobs:
+        with ProcessPoolExecutor(min(processes, len(jobs))) as pool:
+            places = [[(work[number][1], paths[number]) for number in job[2]] for job in jobs]
+            for (_, _, numbers), found in zip(jobs, pool.map(_compile_numbered, jobs, places), strict=True):
+                for number, one in zip(numbers, found, strict=True):
+                    facts[number] = one
+    return [_row(case, arch, _options(case), found) for (arch, _, case), found in zip(work, facts, strict=True)]
 
 
-def _compile_numbered(work):
+def _compile_numbered(job, places):
     # a kernel does not cross a process border, its number does
-    arch, only, index = work
-    return compile_case(cases(arch, only)[index], arch)
+    arch, only, _ = job
+    chosen = [cases(arch, only)[index] for index, _ in places]
+    facts = _facts(chosen, arch, [_options(case) for case in chosen])
+    for (_, path), one in zip(places, facts, strict=True):
+        _write(path, one)
+    return facts
+
+
+def _cache_folder() -> Path:
+    own, shared = os.environ.get("MINIBERT_XRAY_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "minibert" / "xray"
+
+
+def _cache_path(case, capability):
+    parts = (_source(case).hash(), sorted(_options(case).items()), capability, triton.__version__, _own_text())
+    return _cache_folder() / f"{_digest(parts)}.json"
+
+
+@cache
+def _own_text():
+    return Path(__file__).read_text(encoding="utf-8")
+
+
+def _digest(parts):
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _read(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path, value):
+    """Keep a value, whole or not at all; a cache that cannot be written is none."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")
+        own.write_text(json.dumps(value), encoding="utf-8")
+        own.replace(path)
+    except OSError:
+        pass
+
+
+class Counting:
+    """What `traffic` counts of some ops, in a process of its own: the interpreter is decided when Triton is imported.
+
+    It runs from construction, and `result` waits for it.
+    """
+
+    def __init__(self, ops):
+        sources = [p for p in sorted(LIMITS.parent.glob("*.py")) if p.stem not in ("xray", "roofline")]
+        key = _digest((triton.__version__, [(path.name, path.read_text(encoding="utf-8")) for path in sources]))
+        self.paths = {op: _cache_folder() / f"traffic-{op}-{key}.json" for op in ops}
+        self.found = {op: _read(path) for op, path in self.paths.items()}
+        self.missing = [op for op, found in self.found.items() if found is None]
+        pattern = rf"^({'|'.join(self.missing)}) "
+        command = [sys.executable, "-m", "minibert_kernels.traffic", "--json", "--only", pattern]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        self.process = subprocess.Popen(command, env=environment, **options) if self.missing else None
+
+    def result(self) -> list[dict]:
+        if self.process:
+            out, err = self.process.communicate()
+            if self.process.returncode:
+                raise RuntimeError(f"minibert_kernels.traffic failed: {err.strip().splitlines()[-1]}")
+            counts = json.loads(out)
+            for op in self.missing:
+                self.found[op] = [count for count in counts if count["op"] == op]
+                _write(self.paths[op], self.found[op])
+        return [count for found in self.found.values() for count in found]
+
+
+def counted_ops(found) -> list[str]:
+    """The ops that `traffic` counts for kernels of these ops: one kernel gathers for three."""
+    ops = dict.fromkeys(found)
+    return [*ops, *(("select_rows", "unpack") if "pack" in ops else ())]
+
+
+def with_bytes(row: Row, counts: list[dict]) -> Row:
+    """The row with the bytes that its op and direction move, over the minimum."""
+    label = None
+    if row.op == "attention":
+        label = "S=128" if "short" in row.plan else "S=256"
+    elif row.op == "linear_cross_entropy" and "gradient" in row.plan:
+        label = "V=8192" if "V=16384" in row.plan else "V=30522"
+    elif row.op == "linear_cross_entropy":
+        return row
+    name = "forward" if row.direction == "fwd" else "backward"
+    found = [c for c in counts if c["op"] == row.op and label in (None, c["label"]) and c[name]]
+    return dataclasses.replace(row, bytes_over_minimum=found[0][f"{name}_over_minimum"] if found else None)
+
+
+def with_time(row: Row, gpu: str, matrix_share: float = MATRIX_SHARE) -> Row:
+    """The row with its predicted time, where it was compiled for that GPU and has a formula."""
+    work = kernel_work(row.op, row.direction, row.plan)
+    if work is None or GPUS[gpu].arch != row.arch:
+        return row
+    time, bound = seconds(work, GPUS[gpu], TOKENS, LAUNCH, matrix_share)
+    return dataclasses.replace(row, gpu=gpu, predicted_us=round(1e6 * time, 1), bound=bound)
+
+
+def load_limits(path: str | Path = LIMITS) -> dict:
+    """The limits and their exceptions.
+
+    Raises:
+        ValueError: a limit is unknown, or an exception does not say match, limit, value and reason.
+    """
+    limits = json.loads(Path(path).read_text(encoding="utf-8"))
+    known = {"spilled_bytes", "missing_matrix_instructions", "bytes_over_minimum"}
+    if set(limits) != {"limits", "exceptions"} or set(limits["limits"]) != known:
+        raise ValueError(f"{path}: expected limits ({', '.join(sorted(known))}) and exceptions")
+    for exception in limits["exceptions"]:
+        if set(exception) != {"match", "limit", "value", "reason"} or exception["limit"] not in known:
+            raise ValueError(f"{path}: {exception} is not match, limit (one of the limits), value and reason")
+    return limits
+
+
+def faults(rows: list[Row], counts: list[dict], limits: dict, whole: bool = False) -> list[str]:
+    """A sentence for each limit that is broken; of the whole table also for each exception that nothing needs."""
+    found, needed = [], set()
+    for name, limit, value, text in _measured(rows, counts):
+        most = limits["limits"][limit]
+        if value <= most:
+            continue
+        for number, exception in enumerate(limits["exceptions"]):
+            if exception["limit"] == limit and re.fullmatch(exception["match"], name):
+                needed.add(number)
+                most = max(most, exception["value"])
+        if value > most:
+            found.append(f"{name} {text} (limit: {limit} of {most:g})")
+    if whole:
+        for number, exception in enumerate(limits["exceptions"]):
+            if number not in needed:
+                found.append(f"the exception {exception['match']!r} of {exception['limit']} is no longer needed")
+    return found
+
+
+def _measured(rows, counts):
+    """(name, limit, value, what is said of it) of all that has a limit."""
+    for row in rows:
+        yield row.name, "spilled_bytes", row.spilled_bytes, f"spills {row.spilled_bytes} bytes"
+        if row.matmul:
+            kind = MATRIX_KIND[row.arch]
+            yield row.name, "missing_matrix_instructions", int(kind not in row.mma), f"has no {kind} instruction"
+    for count in counts:
+        for direction, key in (("fwd", "forward_over_minimum"), ("bwd", "backward_over_minimum")):
+            name = f"{count['op']} {direction} {count['label']}".strip()
+            yield name, "bytes_over_minimum", count[key], f"moves {count[key]:.3f} times its least bytes"
 
 
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    header = ("op", "case", "sm", "warps", "stages", "registers", "spills", "stack", "shared", "matrix")
-    cells = [(r.op, f"{r.direction} {r.label}", r.arch, r.num_warps, r.num_stages, r.registers, r.spills, r.stack,
-              r.shared, _matrix_text(r)) for r in rows]  # fmt: skip
+    header = ["op", "case", "sm", "warps", "stages", "registers", "spilled", "stack", "shared", "occupancy", "limiter"]
+    header += ["wide", "bytes", "mma"]
+    cells = [
+        [r.op, f"{r.direction} {r.plan}", r.arch, r.num_warps, r.num_stages, r.registers, r.spilled_bytes, r.stack,
+         r.shared_bytes, f"{r.occupancy:.0%}", r.limiter, "-" if r.wide_share is None else f"{r.wide_share:.0%}",
+         "-" if r.bytes_over_minimum is None else f"{r.bytes_over_minimum:.3f}", _matrix_text(r)]
+        for r in rows
+    ]  # fmt: skip
+    if gpus := {r.gpu for r in rows if r.gpu}:
+        header += [f"us on {' '.join(gpus)}", "bound"]
+        for row, line in zip(rows, cells, strict=True):
+            line += ["-" if row.predicted_us is None else row.predicted_us, row.bound or "-"]
     widths = [max(len(str(row[i])) for row in (header, *cells)) for i in range(len(header))]
     return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)) for row in (header, *cells))
 
@@ -140,8 +423,9 @@ def markdown(rows: list[Row], counts: list[dict]) -> str:
     architectures = sorted({r.arch for r in rows})
     found = {}
     for r in rows:
-        cell = f"{r.registers} / {r.spills} / {r.shared}" + (f" / {_matrix_text(r)}" if r.matmul else "")
-        found.setdefault((r.op, f"{r.direction}, {r.label}", r.kernel), {})[r.arch] = cell
+        cell = f"{r.registers} / {r.spilled_bytes} / {r.shared_bytes} / {r.occupancy:.0%}"
+        cell += f" / {_matrix_text(r)}" if r.matmul else ""
+        found.setdefault((r.op, f"{r.direction}, {r.plan}", r.kernel), {})[r.arch] = cell
     lines += ["", "| op | plan | kernel | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |"]
     lines.append("|---" * (3 + len(architectures)) + "|")
     for (op, plan, kernel), by_arch in found.items():
@@ -151,40 +435,132 @@ def markdown(rows: list[Row], counts: list[dict]) -> str:
 
 
 def _matrix_text(row: Row) -> str:
-    return " ".join(f"{n} {kind}" for kind, n in row.matrix.items()) or "-"
+    return " ".join(f"{n} {kind}" for kind, n in row.mma.items()) or "-"
 
 
-def _counts() -> list[dict]:
-    """What `traffic` counts, in a process of its own: the interpreter is decided when Triton is imported."""
-    command = [sys.executable, "-m", "minibert_kernels.traffic", "--json"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+def diff(old: list[dict], new: list[dict]) -> str:
+    """A line for each row that changed, is new or is gone."""
+    by_name = [{tuple(row[k] for k in ("op", "direction", "plan", "kernel", "arch")): row for row in t}
+               for t in (old, new)]  # fmt: skip
+    lines = []
+    for key, row in by_name[1].items():
+        name, before = f"{' '.join(key[:3])} sm_{key[4]}", by_name[0].get(key)
+        if before is None:
+            lines.append(f"new      {name}")
+            continue
+        changes = [_change(k, before.get(k), row[k]) for k in DIFFED if before.get(k) != row[k]]
+        if changes:
+            lines.append(f"changed  {name}: {', '.join(changes)}")
+    lines += [f"gone     {' '.join(key[:3])} sm_{key[4]}" for key in by_name[0] if key not in by_name[1]]
+    return "\n".join(lines) or "no difference"
+
+
+def _change(key, before, after):
+    if isinstance(before, dict) or isinstance(after, dict):
+        before, after = (" ".join(f"{n} {kind}" for kind, n in (x or {}).items()) or "none" for x in (before, after))
+    numbers = all(isinstance(x, int | float) for x in (before, after))
+    return f"{key} {before} → {after}" + (f" ({after - before:+.4g})" if numbers else "")
+
+
+def code(pattern: str, architectures, kind: str) -> str:
+    """The "ptx" or "sass" of the cases whose "op direction plan" the pattern matches."""
+    texts = []
+    for arch in architectures:
+        for case in cases(arch, pattern):
+            compiled, _ = _compile(case, arch, _options(case))
+            text = compiled.asm["ptx"] if kind == "ptx" else _disassemble(compiled.asm["cubin"], "-c")
+            texts.append(f"// {case.op} {case.direction} {case.label} sm_{arch}\n{text.strip()}\n")
+    if not texts:
+        raise ValueError(f"{kind}={pattern!r} matches no kernel")
+    return "\n".join(texts)
+
+
+def run(
+    *, only: str = "", arch=None, gpu: str | None = None, step=None, lengths=(128, 512), tokens: int = STEP_TOKENS,
+    matrix_share: float = MATRIX_SHARE, as_json: bool = False, as_markdown: bool = False, diff_with: str | None = None,
+    ptx: str | None = None, sass: str | None = None, limits: str | None = None, processes: int | None = None,
+) -> int:  # fmt: skip
+    """Print what is asked for, as the flags of `main` say; returns the exit code.
+
+    Raises:
+        ValueError: an option is wrong, or there is no compiler here.
+    """
+    arch = _check(only, arch, gpu, step, (ptx, sass), tokens, matrix_share)
+    if ptx is not None or sass is not None:
+        print(code(sass if ptx is None else ptx, arch, "sass" if ptx is None else "ptx"))
+        return 0
+    limits, old = load_limits(limits or LIMITS), json.loads(Path(diff_with).read_text()) if diff_with else None
+    counting = Counting(counted_ops(case.op for a in arch for case in cases(a, only)))
+    rows = compile_all(arch, only, processes or os.cpu_count() or 1)
+    counts = counting.result()
+    rows = [with_bytes(row, counts) for row in rows]
+    if gpu:
+        rows = [with_time(row, gpu, matrix_share) for row in rows]
+    if not rows:
+        raise ValueError(f"only={only!r} matches no kernel")
+    found = [dataclasses.asdict(row) for row in rows]
+    models = step or (() if not gpu or as_json or as_markdown or diff_with else MODELS)
+    steps = step_rows(models, lengths, (gpu,) if gpu else GPUS, tokens, matrix_share)
+    if as_json:
+        print(json.dumps({"rows": found, "step": steps} if steps else found))
+    elif diff_with:
+        kept = [r for r in old if r["arch"] in arch and re.search(only, f"{r['op']} {r['direction']} {r['plan']}")]
+        print(diff(kept, found))
+    else:
+        print(markdown(rows, counts) if as_markdown else table(rows))
+        print(step_text(steps), end="\n" if steps else "")
+    broken = faults(rows, counts, limits, whole=not only and set(arch) == set(ARCHITECTURES))
+    for fault in broken:
+        print(f"xray: error: {fault}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _check(only, arch, gpu, step, patterns, tokens, matrix_share):
+    """Raise the ValueError of a wrong option; returns the architectures."""
+    if not AVAILABLE or interpreting():
+        reason = "unset TRITON_INTERPRET" if AVAILABLE else "install triton (Linux only)"
+        raise ValueError(f"needs Triton's compiler: {reason}")
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"gpu={gpu!r} is not one of {', '.join(GPUS)}")
+    arch = tuple(arch or ([GPUS[gpu].arch] if gpu else ARCHITECTURES))
+    choices = (("arch", arch, ARCHITECTURES), ("step", step or (), MODELS))
+    for name, values, known in choices:
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
+    if tokens < 1 or not 0 < matrix_share <= 1:
+        raise ValueError(f"tokens={tokens}, matrix_share={matrix_share}: expected at least 1, and at most 1 above 0")
+    for pattern in (only, *patterns):
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return arch
 
 
 def main() -> int:
+    """The command; `minibert xray` takes the same flags."""
     parser = argparse.ArgumentParser(prog="python -m minibert_kernels.xray", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", metavar="PATTERN", help='of "op direction label", as the table has them')
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--processes", type=int, default=2, help="compile with this many")
+    parser.add_argument("--only", default="", metavar="PATTERN", help='of "op direction plan", as the table has them')
+    parser.add_argument("--arch", type=int, nargs="+", help=f"by default {ARCHITECTURES}, or that of --gpu")
+    parser.add_argument("--gpu", help=f"predict times on one: {', '.join(GPUS)}")
+    parser.add_argument("--step", nargs="+", metavar="MODEL", help=f"predict training steps of {', '.join(MODELS)}")
+    parser.add_argument("--lengths", type=int, nargs="+", default=(128, 512), help="of the sequences of --step")
+    parser.add_argument("--tokens", type=int, default=STEP_TOKENS, help="of a --step")
+    parser.add_argument("--matrix-share", type=float, default=MATRIX_SHARE, help="of the matrix peak that is reached")
+    parser.add_argument("--ptx", metavar="PATTERN", help="print the PTX of the kernels that match, and no table")
+    parser.add_argument("--sass", metavar="PATTERN", help="print their machine code")
+    parser.add_argument("--limits", metavar="FILE", help="instead of xray_limits.json")
+    parser.add_argument("--processes", type=int, help="compile with this many, by default one a core")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="one list of rows")
-    output.add_argument(
-        "--markdown", action="store_true", help="the tables of kernels/README.md, with the bytes that `traffic` counts"
-    )
-    args = parser.parse_args()
-    if not AVAILABLE or interpreting():
-        reason = "unset TRITON_INTERPRET" if AVAILABLE else "install triton (Linux only)"
-        print(f"xray: error: needs Triton's compiler: {reason}", file=sys.stderr)
+    output.add_argument("--json", action="store_true", dest="as_json", help="one list of rows")
+    output.add_argument("--markdown", action="store_true", dest="as_markdown", help="the tables of kernels/README.md")
+    output.add_argument("--diff", metavar="OLD.json", dest="diff_with", help="say what changed since this --json")
+    try:
+        return run(**vars(parser.parse_args()))
+    except (ValueError, OSError) as error:
+        print(f"xray: error: {error}", file=sys.stderr)
         return 2
-    rows = compile_all(args.arch, args.only, args.processes)
-    if args.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
-    else:
-        print(markdown(rows, _counts()) if args.markdown else table(rows))
-    faults = [fault for row in rows for fault in row.faults()]
-    for fault in faults:
-        print(f"xray: error: {fault}", file=sys.stderr)
-    return 1 if faults else 0
 
 
 if __name__ == "__main__":

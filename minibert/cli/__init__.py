@@ -13,7 +13,7 @@ import jsonargparse
 import yaml
 
 from ..train import Interrupted, NonFiniteError
-from . import classification, pretraining, profiling, weights
+from . import classification, kernels, pretraining, profiling, weights
 
 VERBS: dict[str, Callable[..., int | None]] = {
     "demo": weights.demo,
@@ -27,6 +27,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "parity": weights.parity,
     "convert": weights.convert,
     "profile": profiling.profile,
+    "xray": kernels.xray,
     "info": weights.info,
 }
 

@@ -1,0 +1,258 @@
+"""The kernels compiled for four architectures, without a GPU: in a process of its own, outside the interpreter."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minibert_kernels import _triton, roofline, xray
+
+pytestmark = pytest.mark.skipif(not _triton.AVAILABLE, reason="needs triton")
+KERNELS = Path(xray.__file__).parents[1]
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+KEYS = "op direction arch plan registers spilled_bytes shared_bytes occupancy mma bytes_over_minimum"
+LIMITS = {
+    "limits": {"spilled_bytes": 0, "missing_matrix_instructions": 0, "bytes_over_minimum": 1.05},
+    "exceptions": [],
+}
+
+
+def python(*arguments, tmp_path, **environment):
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    own = {"PYTHONPATH": str(KERNELS), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    own |= {"MINIBERT_XRAY_CACHE": str(tmp_path / "rows")}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path, env=outside | own | environment,
+    )  # fmt: skip
+
+
+def compile_plans(tmp_path, *options):
+    done = python("-m", "minibert_kernels.xray", "--json", *options, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    for row in rows:
+        assert row["spilled_bytes"] == 0 and row["registers"] > 0 and 0 < row["occupancy"] <= 1, row
+        assert set(row["mma"]) == ({MATRIX[row["arch"]]} if row["op"] == "attention" else set()), row
+    return rows
+
+
+def test_the_plans_of_bert_base_compile_for_four_architectures_within_the_limits(tmp_path):
+    rows = compile_plans(tmp_path, "--only", "attention bwd d(q|kdv) d=64$|dropout_add_norm .* 768 columns, dropout")
+    assert {(row["op"], row["arch"]) for row in rows} == {
+        (op, arch) for op in ("attention", "dropout_add_norm") for arch in MATRIX
+    }
+    assert set(KEYS.split()) <= set(rows[0])
+    for row in rows:
+        assert row["bytes_over_minimum"] >= 1
+        assert row["wide_share"] > 0.5, row
+
+
+@pytest.mark.slow
+def test_every_default_plan_compiles_for_four_architectures_within_the_limits(tmp_path):
+    rows = compile_plans(tmp_path)
+    assert len(rows) >= 480
+    assert compile_plans(tmp_path) == rows
+
+
+PLANTED = {
+    "spill": r"planted fwd one warp sm_90 spills \d{3,} bytes \(limit: spilled_bytes of 0\)",
+    "matrix": r"planted fwd elements sm_90 has no HGMMA instruction \(limit: missing_matrix_instructions of 0\)",
+    "twice": r"planted fwd twice moves 1\.500 times its least bytes \(limit: bytes_over_minimum of 1\.05\)",
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_named_and_its_sound_twin_is_not(fault, tmp_path):
+    interpret = {"TRITON_INTERPRET": "1"} if fault == "twice" else {}
+    done = python(str(Path(__file__).with_name("planted.py")), fault, tmp_path=tmp_path, **interpret)
+    assert done.returncode == 0, done.stderr
+    [found] = json.loads(done.stdout)
+    assert re.fullmatch(PLANTED[fault], found), found
+
+
+def test_rows_come_from_the_cache_the_same_and_an_unwritable_one_breaks_nothing(tmp_path):
+    code = """
+from minibert_kernels import xray
+def rows(): return xray.compile_all((80, 120), "pack fwd (1|768) columns", 2)
+first = rows()
+def refuse(*_): raise AssertionError("compiled again")
+compiler, xray._compile_numbered = xray._compile_numbered, refuse
+assert len(first) == 4 and rows() == first
+xray._compile_numbered = compiler
+open("file", "w").close()
+import os
+os.environ["MINIBERT_XRAY_CACHE"] = "file/inside"
+assert rows() == first
+"""
+    done = python("-c", code, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "rows").glob("*.json"))) == 4
+
+
+def test_code_is_printed_and_bad_options_are_one_line(tmp_path):
+    command = ("-m", "minibert_kernels.xray", "--arch", "90")
+    done = python(*command, "--ptx", "pack fwd 768 columns", tmp_path=tmp_path)
+    assert done.stdout.startswith("// pack fwd 768 columns sm_90") and ".target sm_90a" in done.stdout
+    done = python(*command, "--sass", "pack fwd 768 columns", tmp_path=tmp_path)
+    assert "STG.E.128" in done.stdout
+    for options, message in (
+        (("--only", "("), "'(' is no regular expression"),
+        (("--only", "nothing"), "only='nothing' matches no kernel"),
+        (("--gpu", "h300"), "gpu='h300' is not one of a100"),
+        (("--diff", "absent.json"), "No such file"),
+    ):
+        done = python(*command, *options, tmp_path=tmp_path)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr
+
+
+def test_the_interpreter_is_refused_in_one_line(tmp_path):
+    done = python("-m", "minibert_kernels.xray", tmp_path=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "xray: error: needs Triton's compiler: unset TRITON_INTERPRET"
+
+
+@pytest.mark.parametrize(
+    ("arch", "num_warps", "registers", "shared", "tensor_columns", "expected"),
+    [
+        (90, 8, 168, 57344, 0, (8 / 64, "registers")),  # 168 · 32 = 5,376: 3 warps a quarter, 12 in all, 1 program
+        (90, 8, 128, 49152, 0, (16 / 64, "registers")),  # 4,096: 4 a quarter, 2 programs
+        (90, 4, 32, 0, 0, (1.0, "warps")),
+        (90, 1, 32, 0, 0, (32 / 64, "blocks")),
+        (80, 4, 64, 81920, 0, (8 / 64, "shared memory")),  # 81 KiB twice in 164
+        (90, 4, 64, 81920, 0, (8 / 64, "shared memory")),  # and in 228, not three times
+        (100, 4, 64, 1024, 256, (8 / 64, "tensor memory")),
+        (120, 4, 40, 0, 0, (1.0, "warps")),  # 48 warps
+        (80, 4, 33, 0, 0, (48 / 64, "registers")),  # 1,056 is handed out as 1,280: 12 a quarter
+    ],
+)
+def test_occupancy_is_what_a_hand_computes(arch, num_warps, registers, shared, tensor_columns, expected):
+    assert roofline.occupancy(arch, num_warps, registers, shared, tensor_columns) == expected
+
+
+def row(**changes):
+    common = {
+        "op": "attention", "direction": "fwd", "plan": "d=64", "kernel": "_fwd_kernel", "arch": 90, "num_warps": 4,
+        "num_stages": 2, "registers": 168, "spilled_bytes": 0, "stack": 0, "shared_bytes": 512, "occupancy": 0.25,
+        "limiter": "registers", "matmul": True, "mma": {"HGMMA": 8},
+    }  # fmt: skip
+    return xray.Row(**common | changes)
+
+
+def test_wide_accesses_are_counted_in_the_code():
+    lines = ["LDG.E.128 R4, [R2]", "@P0 LDG.E R4, [R2]", "LDGSTS.E.BYPASS.128 [R4], [R2]", "STG.E.U16 [R2], R4",
+             "LDGDEPBAR", "UTMALDG.2D [UR8], [UR6]", "LDS.128 R4, [R2]"]  # fmt: skip
+    assert xray.wide_share("\n".join(lines)) == 0.6
+    assert xray.wide_share("EXIT") is None
+
+
+def test_the_bytes_of_an_op_and_direction_are_those_of_the_form_that_the_plan_is_of():
+    counts = [
+        {"op": "attention", "label": label, "forward": 1, "forward_over_minimum": value, "backward": 0,
+         "backward_over_minimum": 0.0}
+        for label, value in (("S=128", 1.01), ("S=256", 1.02))
+    ]  # fmt: skip
+    assert xray.with_bytes(row(), counts).bytes_over_minimum == 1.02
+    assert xray.with_bytes(row(plan="short 128 d=64"), counts).bytes_over_minimum == 1.01
+    assert xray.with_bytes(row(direction="bwd"), counts).bytes_over_minimum is None
+    assert xray.with_bytes(row(op="segment_sum"), counts).bytes_over_minimum is None
+
+
+def test_an_exception_holds_up_to_its_value_and_is_named_when_nothing_needs_it():
+    rows = [row(spilled_bytes=16), row(arch=80, mma={"HMMA": 8}, spilled_bytes=32)]
+    assert len(xray.faults(rows, [], LIMITS)) == 2
+    allowed = {"match": "attention fwd d=64 sm_.*", "limit": "spilled_bytes", "value": 16, "reason": "short"}
+    [found] = xray.faults(rows, [], LIMITS | {"exceptions": [allowed]}, whole=True)
+    assert found == "attention fwd d=64 sm_80 spills 32 bytes (limit: spilled_bytes of 16)"
+    [found] = xray.faults([row()], [], LIMITS | {"exceptions": [allowed]}, whole=True)
+    assert found == "the exception 'attention fwd d=64 sm_.*' of spilled_bytes is no longer needed"
+    assert xray.faults([row()], [], LIMITS | {"exceptions": [allowed]}) == [], "part of the table cannot tell"
+
+
+def test_the_limits_have_reasons_and_a_bad_file_is_refused(tmp_path):
+    assert all(len(exception["reason"]) > 20 for exception in xray.load_limits()["exceptions"])
+    path = tmp_path / "limits.json"
+    for wrong in ({"limits": {}}, LIMITS | {"exceptions": [{"match": "x", "limit": "spilled_bytes", "value": 1}]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="expected limits|is not match, limit"):
+            xray.load_limits(path)
+
+
+def test_a_difference_says_what_changed_what_is_new_and_what_is_gone():
+    old = [dataclasses.asdict(r) for r in (row(), row(plan="d=80"), row(plan="d=128"))]
+    new = [row(registers=176, occupancy=0.125, mma={}), row(plan="d=96"), row(plan="d=128")]
+    assert xray.diff(old, [dataclasses.asdict(r) for r in new]).splitlines() == [
+        "changed  attention fwd d=64 sm_90: registers 168 → 176 (+8), occupancy 0.25 → 0.125 (-0.125), "
+        "mma 8 HGMMA → none",
+        "new      attention fwd d=96 sm_90",
+        "gone     attention fwd d=80 sm_90",
+    ]
+    assert xray.diff(old, old) == "no difference"
+
+
+def test_a_predicted_time_is_that_of_the_limit_that_binds():
+    h200, work = roofline.GPUS["h200"], roofline.Work
+    assert roofline.seconds(work(bytes=4.32e12), h200) == (pytest.approx(1), "memory")
+    assert roofline.seconds(work(bytes=1, flops=989e12), h200, matrix_share=0.5) == (pytest.approx(2), "matrix")
+    assert roofline.seconds(work(bytes=1), h200, launch=3e-6) == (3e-6, "latency")
+    found = xray.with_time(row(), "h200")
+    # two products of 16,384 tokens · 512 keys · 12 heads · 64, at 70% of the peak
+    flops = 2 * 2 * 16384 * 512 * 12 * 64
+    assert found.predicted_us == round(1e6 * flops / (0.7 * 989e12), 1) and found.bound == "matrix"
+    assert xray.with_time(row(arch=80), "h200").predicted_us is None
+
+
+def test_every_row_kernel_of_the_plans_has_a_formula_or_is_known_to_have_none():
+    without = {c.op for c in xray.cases(90) if roofline.kernel_work(c.op, c.direction, c.label) is None}
+    assert without == {"segment_sum", "lamb_step", "pack"}  # pack: of ids, a column wide
+
+
+def test_a_step_needs_fewer_bytes_fused_and_its_time_is_that_of_its_ops():
+    rows = roofline.step_rows(["bert-base"], [128, 512], ["h200", "b200"])
+    assert len(rows) == 2 * 3 * 2
+    for length in (128, 512):
+        moved = [
+            sum(op["bytes"] for op in r["ops"].values()) for r in rows if (r["length"], r["gpu"]) == (length, "h200")
+        ]
+        assert moved == sorted(moved) and moved[0] < moved[2]
+    assert all(
+        0 < r["mfu"] < roofline.MATRIX_SHARE and sum(o["share"] for o in r["ops"].values()) > 0.999 for r in rows
+    )
+    base = roofline.MODELS["bert-base"]
+    assert base.parameters == pytest.approx(109e6, rel=0.01)
+    # six FLOPs a weight of the layers, and twelve a layer, key and column of the scores
+    assert roofline.model_flops(base, 128) == pytest.approx(6 * 85e6 + 12 * 12 * 128 * 768 + 0.15 * 6 * 24e6, rel=0.01)
+    assert "minibert" in roofline.step_text(rows) and "b200: 65536 tokens, MFU" in roofline.step_text(rows)
+
+
+def test_tables_have_a_line_a_row_and_a_column_an_architecture():
+    rows = [
+        row(direction=direction, kernel=f"_{direction}_kernel", arch=arch, registers=arch + 1, mma={"HMMA": 8})
+        for arch in (80, 120)
+        for direction in ("fwd", "bwd")
+    ]
+    text = xray.table(rows).splitlines()
+    assert len(text) == 5
+    assert " ".join(text[1].split()) == "attention fwd d=64 80 4 2 81 0 0 512 25% registers - - 8 HMMA"
+    assert xray.table([xray.with_time(row(), "h200")]).splitlines()[1].split()[-2:] == ["37.2", "matrix"]
+    counts = [
+        {
+            "op": "attention",
+            "label": "S=128",
+            "forward_over_minimum": 1.008,
+            "backward_over_minimum": 1,
+            "saved": 1032.0,
+        }
+    ]
+    ops, plans = (part.splitlines() for part in xray.markdown(rows, counts).split("\n\n"))
+    assert re.fullmatch(r"\| `attention` \| S=128 \| `attention.py` \| \d+ \| 1.008 \| 1 \| 1032 \|", ops[2])
+    assert plans == [
+        "| op | plan | kernel | sm_80 | sm_120 |",
+        "|---|---|---|---|---|",
+        "| `attention` | fwd, d=64 | `_fwd_kernel` | 81 / 0 / 512 / 25% / 8 HMMA | 121 / 0 / 512 / 25% / 8 HMMA |",
+        "| `attention` | bwd, d=64 | `_bwd_kernel` | 81 / 0 / 512 / 25% / 8 HMMA | 121 / 0 / 512 / 25% / 8 HMMA |",
+    ]
