@@ -19,6 +19,7 @@ EXPONENTIALS = 16  # a clock and multiprocessor
 LAUNCH = 3e-6
 TOKENS, HEADS, LENGTH = 16384, 12, 512  # what a kernel's time is predicted for; short forms have their own length
 STEP_TOKENS, LABELLED = 65536, 0.15  # of a step: tokens, and the share of them with a label
+LENGTHS = (128, 512)  # of its sequences: those of BERT's two phases
 
 
 @dataclass(frozen=True, kw_only=True)

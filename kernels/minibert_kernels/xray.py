@@ -38,6 +38,7 @@ from .linear_cross_entropy import aot_cases as cross_entropy_cases
 from .roofline import (
     GPUS,
     LAUNCH,
+    LENGTHS,
     MATRIX_SHARE,
     MODELS,
     STEP_TOKENS,
@@ -476,7 +477,7 @@ def code(pattern: str, architectures, kind: str) -> str:
 
 
 def run(
-    *, only: str = "", arch=None, gpu: str | None = None, step=None, lengths=(128, 512), tokens: int = STEP_TOKENS,
+    *, only: str = "", arch=None, gpu: str | None = None, step=None, lengths=None, tokens: int = STEP_TOKENS,
     matrix_share: float = MATRIX_SHARE, as_json: bool = False, as_markdown: bool = False, diff_with: str | None = None,
     ptx: str | None = None, sass: str | None = None, limits: str | None = None, processes: int | None = None,
 ) -> int:  # fmt: skip
@@ -500,7 +501,7 @@ def run(
         raise ValueError(f"only={only!r} matches no kernel")
     found = [dataclasses.asdict(row) for row in rows]
     models = step or (() if not gpu or as_json or as_markdown or diff_with else MODELS)
-    steps = step_rows(models, lengths, (gpu,) if gpu else GPUS, tokens, matrix_share)
+    steps = step_rows(models, lengths or LENGTHS, (gpu,) if gpu else GPUS, tokens, matrix_share)
     if as_json:
         print(json.dumps({"rows": found, "step": steps} if steps else found))
     elif diff_with:
@@ -545,7 +546,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", help=f"by default {ARCHITECTURES}, or that of --gpu")
     parser.add_argument("--gpu", help=f"predict times on one: {', '.join(GPUS)}")
     parser.add_argument("--step", nargs="+", metavar="MODEL", help=f"predict training steps of {', '.join(MODELS)}")
-    parser.add_argument("--lengths", type=int, nargs="+", default=(128, 512), help="of the sequences of --step")
+    parser.add_argument("--lengths", type=int, nargs="+", help=f"of the sequences of --step, by default {LENGTHS}")
     parser.add_argument("--tokens", type=int, default=STEP_TOKENS, help="of a --step")
     parser.add_argument("--matrix-share", type=float, default=MATRIX_SHARE, help="of the matrix peak that is reached")
     parser.add_argument("--ptx", metavar="PATTERN", help="print the PTX of the kernels that match, and no table")

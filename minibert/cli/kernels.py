@@ -9,7 +9,7 @@ def xray(
     arch: Annotated[list[int], "80, 90, 100, 120; by default all, or that of --gpu"] = None,
     gpu: Annotated[str | None, "predict times on one, as h100, h200, a100, b200, rtx4090, rtx5090"] = None,
     step: Annotated[list[str], "predict training steps of bert-base, bert-large"] = None,
-    lengths: Annotated[list[int], "tokens of a sequence of --step"] = (128, 512),
+    lengths: Annotated[list[int], "tokens of a sequence of --step, by default 128 and 512"] = None,
     tokens: Annotated[int, "tokens of a --step"] = 65536,
     matrix_share: Annotated[float, "share of the matrix peak that is reached"] = 0.7,
     ptx: Annotated[str | None, "print the PTX of the kernels that match this pattern"] = None,
