@@ -1,6 +1,7 @@
 """Benchmarks beside what one would use otherwise; every figure with its noise, its machine and its roofline.
 
     python -m benchmarks infer --quick                       # minutes on two cores
+    python -m benchmarks kernels --dtype bfloat16            # every op beside its peers, on a GPU
     python -m benchmarks all --out results                   # everything, JSON, CSV and one HTML page
     python -m benchmarks report results/*.json --html page.html
     python -m benchmarks --compare OLD.json NEW.json         # exit code 1 where something got slower
@@ -21,11 +22,12 @@ import torch
 from minibert import BertForPreTraining, BertModel
 from minibert.config import PRESETS, BertConfig
 from minibert.files import write_atomically
+from minibert_kernels.dispatch import BACKENDS
 
-from . import data, gpu, inference, lengths, measure, peers, report, training
+from . import cases, data, gpu, inference, kernels, lengths, measure, peers, report, scaling, training
 
 MODEL_SUITES = {"infer": (inference, BertModel), "train": (training, BertForPreTraining)}
-SUITES = (*MODEL_SUITES, "data", "all")
+SUITES = ("kernels", *MODEL_SUITES, "data", "scaling", "all")
 SST2, SQUAD = "sst2_train", "squad_v1.1_dev_question_context_pairs"
 
 
@@ -40,7 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in SUITES:
         verb = verbs.add_parser(name)
         verb.add_argument("--quick", action="store_true", help="few rounds and cases: minutes on two cores")
-        verb.add_argument("--model", default=None, choices=PRESETS, help="default bert-base")
+        verb.add_argument("--model", default="bert-base", choices=PRESETS, help="default bert-base")
         verb.add_argument("--lengths", nargs="+", default=None, metavar="NAME",
                           help="full, half, quarter, or a data set of benchmarks/lengths.py")  # fmt: skip
         verb.add_argument("--longest", type=int, default=512, help="longer texts are cut here")
@@ -52,7 +54,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         verb.add_argument("--threads", nargs="+", type=int, default=None)
         verb.add_argument("--rounds", type=int, default=None)
         verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        verb.add_argument("--backend", default="auto", choices=BACKENDS, help="of minibert")
         verb.add_argument("--only", default="", metavar="PATTERN", help="providers whose name matches")
+        verb.add_argument("--op", default="", metavar="PATTERN", help="kernels: lines whose op and name match")
+        verb.add_argument("--tokens", type=int, default=None, help="kernels: of a case")
+        verb.add_argument("--axis", nargs="+", default=scaling.AXES, choices=scaling.AXES, help="scaling: of what")
+        verb.add_argument("--tiny", action="store_true", help="so small that the interpreter takes seconds")
         verb.add_argument("--out", type=Path, default=None, help="folder for the record (default benchmarks/results)")
     verb = verbs.add_parser("gpu", help="all of it on a machine with a GPU, in stages")
     verb.add_argument("--dry-run", action="store_true", help="on the CPU, at toy size, kernels in the interpreter")
@@ -97,13 +104,15 @@ def run(args) -> dict:
     name = f"{where}-{record['machine']['date']}-{args.verb}" + "-quick" * args.quick
     torch.backends.cuda.matmul.allow_tf32 = False
     rounds = args.rounds or (5 if args.quick else 9)
-    for case, dtype in suite_cases(args):
+    for case in suite_cases(args):
+        dtype = case.labels.get("dtype", "float32")
         label = f"{dtype}, {torch.get_num_threads()} threads"
         if label not in record["peaks"]:
             record["peaks"][label] = asdict(measure.probe(getattr(torch, dtype), args.device))
         peaks = measure.Peaks(**record["peaks"][label])
         rows = measure.measure(case, rounds=rounds, peaks=peaks, say=lambda line: print(line, file=sys.stderr))
         record["rows"] += rows
+        record["machine"]["afterwards"] = measure.condition()
         write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     report.write_csv(record, folder / f"{name}.csv")
     report.write_html(record, folder / f"{name}.html")
@@ -113,27 +122,36 @@ def run(args) -> dict:
 
 
 def suite_cases(args):
-    """(case, dtype) of the asked suites, one after the other."""
-    wanted = (*MODEL_SUITES, "data") if args.verb == "all" else (args.verb,)
-    config = BertConfig.preset(args.model or "bert-base")
-    cores = torch.get_num_threads()
-    options = {
+    """The cases of the asked suites, one after the other."""
+    wanted = SUITES[:-1] if args.verb == "all" else (args.verb,)
+    config, cores = BertConfig.preset(args.model, **gpu.SMALL if args.tiny else {}), torch.get_num_threads()
+    on_gpu, dtypes = args.device == "cuda", [getattr(torch, name) for name in args.dtype]
+    common = {"device": args.device, "backend": args.backend, "only": lambda name: re.search(args.only, name)}
+    options = common | {
         "names": args.lengths or [SST2, SQUAD] + ([] if args.quick else ["ag_news_test", "full", "half", "quarter"]),
-        "dtypes": [getattr(torch, name) for name in args.dtype],
-        "threads": args.threads or ([cores] if args.quick or args.device == "cuda" else sorted({1, cores})),
-        "longest": args.longest, "device": args.device, "only": lambda name: re.search(args.only, name),
+        "dtypes": dtypes, "longest": args.longest,
+        "threads": args.threads or ([cores] if args.quick or on_gpu else sorted({1, cores})),
         "batch_size": args.batch_size or (8 if args.quick else 32),
         "num_batches": args.batches or (1 if args.quick else 2),
     }  # fmt: skip
     for suite in wanted:
-        if suite == "data":
-            yield from ((case, "float32") for case in data.cases(300 if args.quick else 2000))
-            continue
-        module, kind = MODEL_SUITES[suite]
-        with tempfile.TemporaryDirectory() as folder:
-            weights = peers.random_weights(config, Path(folder), kind)
-            yield from ((case, case.labels["dtype"]) for case in module.cases(weights, config, **options))
-    torch.set_num_threads(cores)
+        if suite == "kernels":
+            table = [
+                case for case in (cases.TINY if args.tiny else cases.TABLE)
+                if (case.quick or not args.quick) and re.search(args.op, f"{case.op} {case.name}")
+            ]  # fmt: skip
+            tokens = args.tokens or (64 if args.tiny else 65536 if on_gpu else 4096)
+            yield from kernels.cases(table=table, dtypes=dtypes, tokens=tokens, **common)
+        elif suite == "data":
+            yield from data.cases(300 if args.quick else 2000)
+        elif suite == "scaling":
+            for dtype in dtypes:
+                yield from scaling.cases(config, dtype=dtype, quick=args.quick, axes=args.axis, **common)
+        else:
+            module, kind = MODEL_SUITES[suite]
+            with tempfile.TemporaryDirectory() as folder:
+                yield from module.cases(peers.random_weights(config, Path(folder), kind), config, **options)
+        torch.set_num_threads(cores)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,8 +24,12 @@ from . import measure, report
 
 ROOT = Path(__file__).parent.parent
 SUMMARY = 10_000
+SMALL = {  # what --tiny makes of a model
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2,
+}  # fmt: skip
 SQUAD = "squad_v1.1_dev_question_context_pairs"
 RESULT = "result.json"
+DRY_KERNELS = "float32 --tiny --rounds 2 --only ^((?!compiled|flex).)*$"
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,28 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
     def own(name, minutes):
         return Stage(name, minutes, ["-m", "benchmarks.gpu", name, str(folder / name), *["--dry-run"] * dry])
 
-    def suite(name, minutes, *options):
-        return Stage(name, minutes, ["-m", "benchmarks", name, "--quick", "--out", str(folder / name), *options])
+    def suite(verb, minutes, *options, name=None):
+        place = str(folder / (name or verb))
+        return Stage(name or verb, minutes, ["-m", "benchmarks", verb, "--quick", "--out", place, *options])
 
-    toy = "bert-tiny --batch-size 2 --longest 32 --rounds 2 --dtype float32 --lengths half --backend triton"
-    real = "bert-base --batch-size 64 --batches 4 --dtype bfloat16 --lengths full half " + SQUAD
-    model = ["--model", *(toy if dry else real).split(), *["--only", "minibert|eager|sdpa$"] * dry]
+    toy = "bert-tiny --tiny --batch-size 2 --longest 32 --rounds 2 --dtype float32 --lengths half"
+    real = "bert-base --batch-size 64 --batches 4 --dtype bfloat16 --lengths half full " + SQUAD
+    model = ["--backend", "triton", "--model", *(toy if dry else real).split()]
+    kernels = ["--backend", "triton", "--dtype", *(DRY_KERNELS.split() if dry else ["bfloat16"])]
+    eager = ["--only", "minibert|eager|sdpa$" if dry else "^((?!compiled|overhead).)*$"]  # what compiles comes last
+    compiled = ["--lengths", "half", "--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead"]
     tests = ["tests/kernels/test_philox.py"] if dry else ["-m", "gpu", "tests/kernels", "tests/train"]
     return [
-        own("environment", 0.4),
-        Stage("tests", 1.6, ["-m", "pytest", "-q", "--junitxml", str(folder / "tests" / "junit.xml"), *tests]),
-        suite("kernels", 1.5, *(["--tiny", "--backend", "triton"] if dry else [])),
+        own("environment", 0.3),
+        Stage("tests", 1.3, ["-m", "pytest", "-q", "--junitxml", str(folder / "tests" / "junit.xml"), *tests]),
+        suite("kernels", 1.5, *kernels),
         own("plans", 0.8),
-        suite("train", 0.9, *model),
-        suite("infer", 0.5, *model),
+        suite("train", 0.6, *model, *eager),
+        suite("infer", 0.4, *model, *eager),
         own("pretraining", 3.0),
         own("profile", 0.3),
+        suite("train", 0.5, *model, *compiled, name="train-compiled"),
+        suite("infer", 0.3, *model, *compiled, name="infer-compiled"),
     ]
 
 
@@ -104,7 +114,9 @@ def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[S
         print(f"{stage.name}: {results[-1]['outcome']}, {results[-1]['seconds']} s", flush=True)
     suites = [record for result in results for record in result["records"].values() if "rows" in record]
     if suites:
-        report.write_html(report.merge(suites), folder / "report.html")
+        merged = report.merge(suites)
+        write_atomically(folder / "record.json", json.dumps(merged, indent=1) + "\n")
+        report.write_html(merged, folder / "report.html")
     text = summary(results)
     write_atomically(folder / "summary.txt", text)
     print("\n" + text)
@@ -113,32 +125,42 @@ def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[S
 
 def summary(results: list[dict]) -> str:
     """At most SUMMARY characters: a stage's outcome, its lines, and of one that went wrong the end of its log."""
-    room = SUMMARY // len(results) - 100
-    parts = []
+    texts = []
     for result in results:
         lines = [line for record in result["records"].values() for line in _lines(record)]
         if result["outcome"] != "ok" or not lines:
             lines += result["log"].strip().splitlines()[-8:]
-        text = "\n".join(line[:200] for line in lines)
-        if len(text) > room:
-            text = text[:room].rsplit("\n", 1)[0] + f"\n… more in {result['stage']}.json"
-        parts.append(f"== {result['stage']}: {result['outcome']}, {result['seconds']} s\n{text}\n")
-    return "".join(parts)
+        texts.append("\n".join(line[:400] for line in lines))
+    room = SUMMARY - 150 * len(results)  # headings, and what is said of more
+    parts = dict.fromkeys(range(len(texts)), "")
+    for left, number in enumerate(
+        sorted(parts, key=lambda number: len(texts[number]))
+    ):  # what short ones leave, others get
+        share = room // (len(texts) - left)
+        text = texts[number]
+        if len(text) > share:
+            text = text[:share].rsplit("\n", 1)[0] + f"\n… more in {results[number]['stage']}.json"
+        room -= len(text)
+        parts[number] = (
+            f"== {results[number]['stage']}: {results[number]['outcome']}, {results[number]['seconds']} s\n{text}\n"
+        )
+    return "".join(parts.values())
 
 
 def _lines(record) -> list[str]:
+    """A line a case: each provider's time, and its share of the peak that is nearer."""
     if not isinstance(record, dict):
         return []
-    return record.get("lines") or [_line(row) for row in record.get("rows", ())]
-
-
-def _line(row: dict) -> str:
-    where = ", ".join(str(row[name]) for name in ("case", "direction", "dtype", "provider") if row.get(name))
-    if "refused" in row:
-        return f"{where}: not timed: {row['refused'][:80]}"
-    ratio = f", {row['ratio']:.2f} x" if "ratio" in row else ""
-    shares = [f"{row[f'{name}_share']:.0%} of {name}" for name in ("matrix", "bandwidth") if f"{name}_share" in row]
-    return f"{where}: {1e3 * row['seconds']:.3g} ms{ratio}{', ' * bool(shares)}{', '.join(shares)}"
+    cases: dict[str, list[str]] = {}
+    for row in record.get("rows", ()):
+        where = ", ".join(str(row[name]) for name in ("case", "direction", "dtype") if row.get(name))
+        shares = [row[name] for name in ("matrix_share", "bandwidth_share") if name in row]
+        if "refused" in row:
+            text = f"not timed ({row['refused'][:40]})"
+        else:
+            text = report.duration(row["seconds"]) + (f" {max(shares):.0%}" if shares else "")
+        cases.setdefault(where, []).append(f"{row['provider']} {text}")
+    return record.get("lines") or [f"{where}: {'; '.join(texts)}" for where, texts in cases.items()]
 
 
 def environment(folder: Path, dry: bool) -> dict:
@@ -160,7 +182,7 @@ def profile(folder: Path, dry: bool) -> dict:
     from minibert.profile import Options, profile_step, synthetic_batch
 
     torch.manual_seed(0)
-    config = BertConfig.preset("bert-tiny" if dry else "bert-base")
+    config = BertConfig.preset("bert-base", **SMALL if dry else {})
     model = BertForPreTraining(config, backend="triton").to("cpu" if dry else "cuda")
     size = {"batch_size": 2, "length": 16} if dry else {"batch_size": 128, "length": 128}
     batch = synthetic_batch(config, "BertForPreTraining", fill=0.75, **size)

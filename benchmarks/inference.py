@@ -1,10 +1,12 @@
 """Encoder inference: the same weights and token ids for everybody, at lengths of real texts.
 
 Tokens come at random from the vocabulary: what a step costs does not depend on them. Batches keep the order of the
-draw, as a data loader that shuffles has them; peers pad each to its longest.
+draw, as a data loader that shuffles has them; peers pad each to its longest. The suite `embed` begins with texts, and
+counts tokenising and mean pooling too.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,9 +30,12 @@ PROVIDERS: dict[str, Callable[[Place], Encoder]] = {
     "transformers sdpa, compiled": partial(peers.transformers, dynamic=True),
 }
 CUDA_PROVIDERS = {
-    "transformers sdpa, reduce-overhead": partial(peers.transformers, mode="reduce-overhead", dynamic=False)
+    "minibert, compiled": partial(peers.minibert, dynamic=True),
+    "minibert, reduce-overhead": partial(peers.minibert, mode="reduce-overhead", dynamic=False),
+    "transformers sdpa, reduce-overhead": partial(peers.transformers, mode="reduce-overhead", dynamic=False),
 }
 CPU_PROVIDERS = {"onnxruntime": peers.onnx_runtime}
+EMBEDDERS = {"minibert": peers.minibert_embedder, "sentence-transformers": peers.sentence_transformers_embedder}
 BASELINE = "transformers sdpa"
 
 
@@ -51,12 +56,34 @@ class Reference:
 
     def __init__(self, place: Place, vocab_size: int):
         self.ids = random_ids(GATE_LENGTHS, vocab_size, seed=1)
-        self.truth = {"states": self._states(place, torch.float64)}
-        self.same = None if place.dtype == torch.float32 else {"states": self._states(place, place.dtype)}
+        self.texts = texts_of(self.ids)
+        self.truth = self._results(place, torch.float64)
+        self.same = None if place.dtype == torch.float32 else self._results(place, place.dtype)
 
-    def _states(self, place, dtype):
-        place = Place(weights=place.weights, device=place.device, dtype=dtype)
-        return states(peers.transformers(place, attention="eager"), self.ids).cpu()
+    def _results(self, place, dtype):
+        encoder = peers.transformers(replace(place, dtype=dtype), attention="eager")
+        embedded = states(encoder, [framed(ids) for ids in self.ids]).split([len(ids) + 2 for ids in self.ids])
+        means = torch.stack([part.mean(0) for part in embedded])
+        return {"states": states(encoder, self.ids), "embeddings": means}
+
+    def check(self, name: str, make: Callable[[Place], dict], place: Place) -> None:
+        """Raise `Refused` where `make(place)` differs; in lower precision its float32 twin is judged first: rounding
+        would hide a wrong formula."""
+        for dtype, same in ((torch.float32, None), (place.dtype, self.same)):
+            if dtype == torch.float32 or same:
+                found = make(replace(place, dtype=dtype))
+                known = {what: self.truth[what] for what in found}
+                judge(f"{name} in float32" if self.same and not same else name, found, known, same)
+
+
+def texts_of(ids: list[np.ndarray]) -> list[str]:
+    """Texts of whole words, for `peers.whole_words`; the tokenizer adds [CLS] and [SEP]."""
+    return [" ".join(peers.word(max(int(i), 5)) for i in one) for one in ids]
+
+
+def framed(ids: np.ndarray) -> np.ndarray:
+    """The ids of `texts_of`, with [CLS] and [SEP]."""
+    return np.array([2, *np.maximum(ids, 5), 3])
 
 
 @torch.inference_mode()
@@ -70,15 +97,11 @@ def build(
 ) -> Callable[[], None]:
     """Judge an encoder, then the call that runs all batches.
 
-    In lower precision its float32 twin is judged first: rounding would hide a wrong formula.
     Raises:
         Refused: its states differ.
     """
+    reference.check(name, lambda place: {"states": states(make(place), reference.ids)}, place)
     encoder = make(place)
-    if place.dtype != torch.float32:
-        exact = Place(weights=place.weights, device=place.device, threads=place.threads)
-        judge(f"{name} in float32", {"states": states(make(exact), reference.ids)}, reference.truth)
-    judge(name, {"states": states(encoder, reference.ids)}, reference.truth, reference.same)
     inputs = [encoder.prepare(batch) for batch in batches]
 
     @torch.inference_mode()
@@ -89,33 +112,53 @@ def build(
     return run
 
 
+def build_embedder(name: str, make, place: Place, reference: Reference, texts: list[str], batch_size: int):
+    """Judge what makes embeddings of texts, then the call that embeds them all."""
+
+    def embeddings(place):
+        with torch.inference_mode():
+            return {"embeddings": make(place, batch_size)(reference.texts).cpu()}
+
+    reference.check(name, embeddings, place)
+    embed = make(place, batch_size)
+    return torch.inference_mode()(lambda: embed(texts))
+
+
 def cases(
     weights: Path, config: BertConfig, *, names, dtypes, threads, batch_size: int, num_batches: int, longest: int,
-    device: str = "cpu", only: Callable[[str], bool] = lambda name: True,
+    device: str = "cpu", backend: str = "auto", only: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Case]:  # fmt: skip
-    """A case for every distribution of lengths, precision and number of threads."""
+    """Two cases for every distribution of lengths, precision and number of threads: from ids, and from texts."""
     providers = PROVIDERS | (CUDA_PROVIDERS if device == "cuda" else CPU_PROVIDERS)
     for dtype in dtypes:
         for count in threads:
-            place = Place(weights=weights, dtype=dtype, device=device, threads=count)
+            place = Place(weights=weights, dtype=dtype, device=device, threads=count, backend=backend)
             torch.set_num_threads(count)
             reference = Reference(place, config.vocab_size)
             for name in names:
                 sizes = lengths.sample(name, batch_size * num_batches, longest)
                 ids = random_ids(sizes, config.vocab_size)
                 batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
+                labels = {
+                    "dtype": str(dtype).removeprefix("torch."), "threads": count,
+                    "fill": round(float(sizes.sum() / padded_tokens(sizes, batch_size)), 3),
+                }  # fmt: skip
+                work = Work(tokens=int(sizes.sum()), sequences=len(sizes), flops=forward_flops(config, sizes))
                 yield Case(
-                    suite="infer", name=f"{name}, batch {batch_size}",
-                    labels={
-                        "dtype": str(dtype).removeprefix("torch."), "threads": count,
-                        "fill": round(float(sizes.sum() / padded_tokens(sizes, batch_size)), 3),
-                    },
-                    work=Work(tokens=int(sizes.sum()), sequences=len(sizes), flops=forward_flops(config, sizes)),
+                    suite="infer", name=f"{name}, batch {batch_size}", labels=labels, work=work, baseline=BASELINE,
                     providers={
                         provider: partial(build, provider, make, place, reference, batches)
                         for provider, make in providers.items() if only(provider)
                     },
-                    baseline=BASELINE,
+                )  # fmt: skip
+                texts = texts_of([part[: max(len(part) - 2, 1)] for part in ids])
+                yield Case(
+                    suite="embed", name=f"{name}, texts, batch {batch_size}", labels=labels, work=work,
+                    baseline="sentence-transformers",
+                    providers={
+                        provider: partial(build_embedder, provider, make, place, reference, texts, batch_size)
+                        for provider, make in EMBEDDERS.items() if only(provider)
+                    },
                 )  # fmt: skip
 
 

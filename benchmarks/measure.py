@@ -1,7 +1,8 @@
 """Timing that survives scrutiny: probes of this machine, interleaved rounds, medians, and no figure above the roofline.
 
 A round runs every provider of a case once, in a new order, so that what the machine does meanwhile hits all alike. A
-ratio is taken within a round, then its median over the rounds.
+ratio is taken within a round, then its median over the rounds. A clock turns a call into a `Timer`: `wall` counts what
+a user waits for, `on_device` what a GPU works, its cache emptied before each call.
 """
 
 import gc
@@ -11,18 +12,25 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from minibert.profile.measure import allocations_of
+
 from .gate import Refused
 
 TOLERANCE = 1.05  # a probe is not the very best the machine can do: what is above it by more is refused
+FLUSH = 256 << 20  # bytes that are written between two calls: more than any L2
+DEVICE_CALLS = 10  # that one sample of `on_device` is the median of
+ENERGY_SECONDS = 0.5  # the counter of energy moves every 20 to 100 ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,14 @@ class Work:
     bytes: float = 0.0
 
 
+@dataclass(frozen=True)
+class Timer:
+    """how: what is timed. sample: seconds of one call."""
+
+    how: str
+    sample: Callable[[], float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One line of work and who does it.
@@ -45,6 +61,7 @@ class Case:
         providers: name to a function that builds, judges and returns the call to time; it raises `Refused`, or
             ImportError where a package is missing.
         baseline: the provider whose seconds the ratios have on top.
+        clock: makes a `Timer` of a call; by default `wall`.
     """
 
     suite: str
@@ -53,6 +70,7 @@ class Case:
     work: Work
     providers: dict[str, Callable[[], Callable[[], object]]]
     baseline: str
+    clock: "Callable[[Callable[[], object]], Timer] | None" = None
 
 
 @dataclass(frozen=True)
@@ -77,16 +95,62 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def wall(call: Callable[[], object]) -> Timer:
+    return Timer("wall clock", lambda: seconds(call))
+
+
+@cache
+def side_stream() -> "torch.cuda.Stream":
+    """Where `on_device` captures; a backward that is captured must have had its forward here."""
+    return torch.cuda.Stream()
+
+
+def on_device(call: Callable[[], object]) -> Timer:
+    """The GPU's own seconds of a call, from a CUDA graph, its L2 cache overwritten before; `wall` on a CPU.
+
+    While the cache is overwritten the host runs ahead, so that no launch is waited for. What a graph cannot capture is
+    launched as it is, and then a call shorter than its own launches is timed as those.
+    """
+    if not torch.cuda.is_available():
+        return wall(call)
+    how, replay = "CUDA graph", None
+    with torch.cuda.stream(side_stream()):
+        for _ in range(3):
+            call()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=side_stream()):
+                call()
+            replay = graph.replay
+        except RuntimeError:  # a call that waits for the device
+            torch.cuda.synchronize()
+            how, replay = "launches", call
+    junk = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+
+    def sample() -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(DEVICE_CALLS)]
+        with torch.cuda.stream(side_stream()):
+            for start, end in events:
+                junk.random_(-100, 100)
+                start.record()
+                replay()
+                end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+    return Timer(how, sample)
+
+
 def probe(dtype: torch.dtype, device: str, repeats: int = 5) -> Peaks:
     """The best of `repeats` large matrix products and copies, on random data."""
     size, numel = (8192, 1 << 30) if device == "cuda" else (1536, 1 << 26)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randint(-100, 100, (numel,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    a @ b, target.copy_(source)  # the first call plans and touches memory
-    product = min(seconds(lambda: a @ b) for _ in range(repeats))
-    copy = min(seconds(lambda: target.copy_(source)) for _ in range(repeats))
-    return Peaks(2 * size**3 / product, 2 * numel / copy)
+    clock = on_device if device == "cuda" else wall
+    product, copy = clock(lambda: a @ b).sample, clock(lambda: target.copy_(source)).sample
+    product(), copy()  # the first call plans and touches memory
+    return Peaks(2 * size**3 / min(product() for _ in range(repeats)), 2 * numel / min(copy() for _ in range(repeats)))
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -98,31 +162,34 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 def measure(case: Case, *, rounds: int, peaks: Peaks, say: Callable[[str], None] = lambda line: None) -> list[dict]:
     """A row for each provider of a case; one that was refused or is missing has `refused` and no figures."""
-    calls, rows = {}, {}
+    calls, timers, memory, rows = {}, {}, {}, {}
     for name, build in case.providers.items():
         rows[name] = {"suite": case.suite, "case": case.name, **case.labels, "provider": name}
         say(f"{case.name}: {name}")
         try:
-            calls[name] = build()
-            calls[name]()  # compiles, fills caches
+            call = build()
+            call()  # compiles, fills caches
+            memory[name] = extra_memory(call)
+            timers[name] = (case.clock or wall)(call)
+            calls[name] = call
         except Refused as error:
             rows[name]["refused"] = str(error)
         except ImportError as error:
             rows[name]["refused"] = f"not installed: {error.name or error}"
         except Exception as error:  # one provider that breaks must not cost the others their figures
-            calls.pop(name, None)
             rows[name]["refused"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    times, order, shuffle = {name: [] for name in calls}, list(calls), random.Random(0)
-    memory = {name: _peak_memory(call) for name, call in calls.items()}
+    times, order, shuffle = {name: [] for name in timers}, list(timers), random.Random(0)
     load = os.getloadavg()[0]
     for _ in range(rounds):
         shuffle.shuffle(order)
         for name in order:
-            times[name].append(seconds(calls[name]))
+            times[name].append(timers[name].sample())
     for name, taken in times.items():
         rows[name] |= figures(case.work, taken, times.get(case.baseline), peaks)
-        rows[name] |= {"rounds": rounds, "load": round(load, 2), "peak_memory": memory[name]}
+        rows[name] |= {"rounds": rounds, "load": round(load, 2), "timing": timers[name].how}
+        rows[name] |= {"extra_memory": memory[name], "joules": joules(calls[name]) if case.clock is None else None}
     calls.clear()
+    timers.clear()
     gc.collect()
     return list(rows.values())
 
@@ -139,20 +206,50 @@ def figures(work: Work, taken: list[float], baseline: list[float] | None, peaks:
     for name, done in (("tokens", work.tokens), ("sequences", work.sequences)):
         if done:
             row[f"{name}_per_second"] = done / median
+    if work.flops and work.bytes:
+        row |= {"intensity": work.flops / work.bytes, "flops_per_second": work.flops / median}
     if baseline:
         ratios = [theirs / ours for theirs, ours in zip(baseline, taken, strict=True)]
         row |= dict(zip(("ratio", "ratio_low", "ratio_high"), spread(ratios), strict=True))
     return row
 
 
-def _peak_memory(call) -> int | None:
-    """Bytes the GPU's allocator had at most during one call; None on a CPU."""
-    if not torch.cuda.is_available():
+def extra_memory(call: Callable[[], object]) -> int | None:
+    """Bytes that torch's allocator has at most during a call, beyond what it has before: activations and gradients.
+
+    None where it saw nothing: others (ONNX Runtime, another process) allocate for themselves.
+    """
+    if torch.cuda.is_available():
+        synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        synchronize()
+        return torch.cuda.max_memory_allocated() - before or None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        return max((row["total"] for row in allocations_of(trace)), default=None)
+
+
+def joules(call: Callable[[], object]) -> float | None:
+    """Energy of a call as NVML counts it for the whole board; None where there is no NVML."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        board = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}".encode())
+        calls, start = 0, time.perf_counter()
+        before = pynvml.nvmlDeviceGetTotalEnergyConsumption(board)
+        while time.perf_counter() - start < ENERGY_SECONDS:
+            call()
+            synchronize()
+            calls += 1
+        return (pynvml.nvmlDeviceGetTotalEnergyConsumption(board) - before) / 1e3 / calls
+    except Exception:  # no GPU, no package, or a board without the counter
         return None
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    synchronize()
-    return torch.cuda.max_memory_allocated()
 
 
 def machine() -> dict:
@@ -168,9 +265,14 @@ def machine() -> dict:
             record["versions"][name] = metadata.version(name)
     if torch.cuda.is_available():
         fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-        values = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").split(", ")
+        values = _output("nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader").split(", ")
         record["gpu"] = dict(zip(fields.split(","), values, strict=False)) | {"name": torch.cuda.get_device_name()}
     return record
+
+
+def condition() -> dict:
+    """What may have changed while a suite ran: load, and a GPU's clocks, power and temperature."""
+    return {name: value for name, value in machine().items() if name in ("load", "gpu")}
 
 
 def _cpu() -> str:

@@ -1,4 +1,4 @@
-"""What minibert is compared with, each with its usual calls: transformers, ONNX Runtime.
+"""What minibert is compared with, each with its usual calls: transformers, ONNX Runtime, sentence-transformers.
 
 An encoder is `prepare(sequences)`, outside the clock; `run(inputs)`, what is timed; `states(output, inputs)`, the last
 hidden states of the real tokens, [T, D], for the gate.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minibert import BertForPreTraining, BertModel
+from minibert import BertForPreTraining, BertModel, Tokenizer
 from minibert.batch import IGNORE, Batch, pack
 from minibert.config import BertConfig
 from minibert.hub import BIAS, DECODER_BIAS, hf_names
@@ -42,6 +42,7 @@ class Place:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     threads: int = 1
+    backend: str = "auto"  # minibert's
 
 
 def random_weights(config: BertConfig, folder: Path, kind: type = BertModel) -> Path:
@@ -55,19 +56,24 @@ def random_weights(config: BertConfig, folder: Path, kind: type = BertModel) -> 
                 parameter.add_(0.1 * torch.randn_like(parameter))
             else:
                 parameter.mul_(2)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, whole_words(config.vocab_size))
     return folder
 
 
-def minibert(place: Place, backend: str = "auto") -> Encoder:
-    """Packed batches, as the tokenizer's lists are packed."""
-    model = BertModel.from_pretrained(place.weights, backend=backend).to(place.device, place.dtype).eval()
-    return Encoder(lambda ids: pack(ids).to(place.device), model, lambda output, batch: output.last_hidden_state)
+def minibert_model(place: Place) -> BertModel:
+    return BertModel.from_pretrained(place.weights, backend=place.backend).to(place.device, place.dtype).eval()
 
 
-def minibert_padded(place: Place, backend: str = "auto") -> Encoder:
+def minibert(place: Place, **compiled: Any) -> Encoder:
+    """Packed batches, as the tokenizer's lists are packed; `compiled` are options of torch.compile."""
+    model = minibert_model(place)
+    run = torch.compile(model, **compiled) if compiled else model
+    return Encoder(lambda ids: pack(ids).to(place.device), run, lambda output, batch: output.last_hidden_state)
+
+
+def minibert_padded(place: Place) -> Encoder:
     """The drop-in call: Hugging Face's layout in and out, packed and unpacked inside the clock."""
-    model = BertModel.from_pretrained(place.weights, backend=backend).to(place.device, place.dtype).eval()
+    model = minibert_model(place)
     return Encoder(lambda ids: padded(ids, place.device), lambda batch: model(**batch), masked_states)
 
 
@@ -145,6 +151,48 @@ def export_onnx(place: Place, file: Path) -> Path:
     return file
 
 
+Embedder = Callable[[list[str]], Tensor]  # texts to the mean of their last hidden states, [B, D]
+
+
+def whole_words(vocab_size: int) -> Tokenizer:
+    """A vocabulary of whole words, so that a text has as many tokens as words, and two for [CLS] and [SEP]."""
+    names = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(word(i) for i in range(5, vocab_size)))
+    return Tokenizer.from_vocab({name: i for i, name in enumerate(names)})
+
+
+def word(index: int) -> str:
+    return f"w{index}"
+
+
+def minibert_embedder(place: Place, batch_size: int) -> Embedder:
+    """Tokenise, pack, average."""
+    model, tokenizer = minibert_model(place), Tokenizer.from_pretrained(place.weights)
+
+    def embed(texts):
+        found = []
+        for i in range(0, len(texts), batch_size):
+            batch = pack(tokenizer(texts[i : i + batch_size], truncation=True).input_ids).to(place.device)
+            states = model(batch).last_hidden_state.float()
+            found.append(torch.segment_reduce(states, "mean", lengths=batch.cu_seqlens.diff().long()))
+        return torch.cat(found)
+
+    return embed
+
+
+def sentence_transformers_embedder(place: Place, batch_size: int) -> Embedder:
+    """Their `encode`, which sorts the texts by length."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    options = {"dtype": torch.float32, "local_files_only": True}
+    encoder = Transformer(str(place.weights), model_kwargs=options, processor_kwargs={"local_files_only": True})
+    pooling = Pooling(encoder.get_embedding_dimension(), "mean")
+    model = SentenceTransformer(modules=[encoder, pooling], device=place.device).to(place.dtype)
+    return lambda texts: model.encode(
+        texts, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True
+    ).float()
+
+
 def padded(sequences: list[np.ndarray], device: str) -> dict[str, Tensor]:
     """input_ids, attention_mask and token_type_ids, [B, longest] int64."""
     lengths = np.array([len(ids) for ids in sequences])
@@ -170,12 +218,13 @@ class Trainee:
     gradients: Callable[[], dict[str, Tensor]]
 
 
-def minibert_trainee(place: Place, dropout: float, backend: str = "auto") -> Trainee:
+def minibert_trainee(place: Place, dropout: float, **compiled: Any) -> Trainee:
     """Packed batches; only the masked tokens meet the vocabulary."""
     model = BertForPreTraining.from_pretrained(
-        place.weights, backend=backend, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+        place.weights, backend=place.backend, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
     )
     model = model.to(place.device).train()
+    call = torch.compile(model, **compiled) if compiled else model
 
     def gradients():
         found = {}
@@ -184,7 +233,7 @@ def minibert_trainee(place: Place, dropout: float, backend: str = "auto") -> Tra
             found |= dict(zip(names, parameter.grad.chunk(len(names)), strict=True))
         return found
 
-    return Trainee(model, lambda batch: batch.to(place.device), lambda batch: model(batch, seed=1).loss, gradients)
+    return Trainee(model, lambda batch: batch.to(place.device), lambda batch: call(batch, seed=1).loss, gradients)
 
 
 def transformers_trainee(

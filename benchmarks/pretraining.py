@@ -38,10 +38,10 @@ def texts() -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(documents) if i % 10], documents[::10]
 
 
-def parts(folder: Path, tokens: int, length: int):
+def parts(folder: Path, vocab_size: int, tokens: int, length: int):
     """Tokenizer, and the batches to train on and to evaluate on; the stores go under `folder`."""
     train, held_out = texts()
-    tokenizer = Tokenizer.train([line for text in train for line in text.split("\n")], 8192)
+    tokenizer = Tokenizer.train([line for text in train for line in text.split("\n")], vocab_size)
     stores = []
     for name, documents in (("train", train), ("held_out", held_out)):
         (folder / f"{name}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
@@ -55,9 +55,10 @@ def run(folder: Path, dry: bool) -> dict:
     budget = min(float(os.environ.get("STAGE_SECONDS", 180)) * 0.8, 5 if dry else 180)
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     tokens, length, every = (128, 32, 1) if dry else (32768, 128, 20)
-    tokenizer, data, held_out = parts(Path(tempfile.mkdtemp(dir=folder)), tokens, length)
+    tokenizer, data, held_out = parts(Path(tempfile.mkdtemp(dir=folder)), 500 if dry else 8192, tokens, length)
     torch.manual_seed(0)
-    config = BertConfig.preset("bert-tiny" if dry else "bert-base", vocab_size=tokenizer.vocab_size)
+    small = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64} if dry else {}
+    config = BertConfig.preset("bert-tiny" if dry else "bert-base", vocab_size=tokenizer.vocab_size, **small)
     model = BertForPreTraining(config, backend="triton").to(device)
     optimizer = adamw(model, lr=LR)
     check = [batch for batch, _ in islice(held_out.batches(), 2 if dry else 8)]

@@ -12,26 +12,29 @@ from pathlib import Path
 KEY = ("suite", "case", "dtype", "threads", "direction", "axis", "value", "provider")
 COLUMNS = {  # a column's title and how a row fills it; columns that no row fills are left out
     "case": lambda r: r["case"],
+    "direction": lambda r: r.get("direction"),
     "provider": lambda r: r["provider"],
     "dtype": lambda r: r.get("dtype"),
     "threads": lambda r: r.get("threads"),
     "fill": lambda r: r.get("fill") and f"{r['fill']:.0%}",
-    "time": lambda r: _time(r["seconds"]),
-    "20 to 80 %": lambda r: f"{_time(r['seconds_low'])} to {_time(r['seconds_high'])}",
+    "time": lambda r: duration(r["seconds"]),
+    "20 to 80 %": lambda r: f"{duration(r['seconds_low'])} to {duration(r['seconds_high'])}",
     "× baseline": lambda r: r.get("ratio") and f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
     "tokens/s": lambda r: r.get("tokens_per_second") and f"{r['tokens_per_second']:,.0f}",
     "of matrix peak": lambda r: r.get("matrix_share") and f"{r['matrix_share']:.1%}",
     "of copy peak": lambda r: r.get("bandwidth_share") and f"{r['bandwidth_share']:.1%}",
-    "peak MiB": lambda r: r.get("peak_memory") and f"{r['peak_memory'] / 2**20:,.0f}",
+    "TFLOP/s": lambda r: r.get("flops_per_second") and f"{r['flops_per_second'] / 1e12:.3g}",
+    "extra MiB": lambda r: r.get("extra_memory") and f"{r['extra_memory'] / 2**20:,.1f}",
     "energy": lambda r: r.get("joules") and f"{r['joules']:.3g} J",
 }
 SUITES = {
-    "infer": "Encoder inference", "train": "Pretraining step", "kernels": "Kernels", "data": "Data",
-    "scaling": "Scaling",
+    "kernels": "Kernels", "infer": "Encoder inference", "embed": "Texts to embeddings", "train": "Pretraining step",
+    "data": "Data", "scaling": "Scaling of a pretraining step",
 }  # fmt: skip
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
     scale, unit = next((part for part in ((1, "s"), (1e-3, "ms")) if seconds >= part[0]), (1e-6, "µs"))
     return f"{seconds / scale:.3g} {unit}"
 
@@ -42,7 +45,8 @@ def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         if "refused" in row:
             first = {
-                title: str(COLUMNS[title](row) or "") for title in ("case", "provider", "dtype", "threads", "fill")
+                title: str(COLUMNS[title](row) or "")
+                for title in ("case", "direction", "provider", "dtype", "threads", "fill")
             }
             filled.append(first | {"time": "refused: " + row["refused"]})
         else:
@@ -61,8 +65,8 @@ def show(record: dict) -> None:
             print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
         for row in rows:
             if "refused" in row:
-                labels = ", ".join(str(row[k]) for k in ("dtype", "threads") if k in row)
-                print(f"not timed: {row['case']} ({labels}): {row['refused']}")
+                labels = ", ".join(str(row[k]) for k in ("direction", "dtype", "threads") if k in row)
+                print(f"not timed: {row['case']}, {row['provider']} ({labels}): {row['refused']}")
 
 
 def merge(records: Sequence[dict]) -> dict:

@@ -5,11 +5,13 @@ compares loss and gradients without dropout; what is timed has BERT's 0.1.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from minibert.batch import Batch, pack
 from minibert.config import BertConfig
@@ -31,6 +33,7 @@ PROVIDERS: dict[str, Callable[..., Trainee]] = {
     "transformers sdpa, compiled": partial(_theirs, dynamic=True),
     "transformers sdpa, masked rows, compiled": partial(_theirs, masked_rows=True, dynamic=True),
 }
+CUDA_PROVIDERS = {"minibert, compiled": partial(peers.minibert_trainee, dynamic=True)}
 BASELINE = "transformers sdpa"
 
 
@@ -56,17 +59,17 @@ def step_flops(config: BertConfig, sizes, predicted: int) -> float:
 
 def results(trainee: Trainee, batch: Batch, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Loss and gradients of one batch, on the CPU."""
-    loss = _loss(trainee, trainee.prepare(batch), dtype)
+    device = next(trainee.model.parameters()).device.type
+    loss = _loss(trainee.loss, trainee.prepare(batch), Place(weights=Path(), dtype=dtype, device=device))
     loss.backward()
     found = {"loss": loss.detach()[None].cpu()} | grouped({n: g.cpu() for n, g in trainee.gradients().items()})
     trainee.model.zero_grad(set_to_none=True)
     return found
 
 
-def _loss(trainee, inputs, dtype):
-    device = next(trainee.model.parameters()).device.type
-    with torch.autocast(device, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
-        return trainee.loss(inputs)
+def _loss(loss, inputs, place):
+    with torch.autocast(place.device, place.dtype, enabled=place.dtype in (torch.bfloat16, torch.float16)):
+        return loss(inputs)
 
 
 class Reference:
@@ -74,43 +77,62 @@ class Reference:
 
     def __init__(self, place: Place, vocab_size: int):
         self.batch = random_batch(np.array(GATE_LENGTHS), vocab_size, seed=1)
-        exact = _theirs(Place(weights=place.weights, device=place.device, dtype=torch.float64), 0.0, attention="eager")
+        exact = _theirs(replace(place, dtype=torch.float64), 0.0, attention="eager")
         self.truth = results(exact, self.batch, torch.float64)
         self.same = None
         if place.dtype != torch.float32:
-            yardstick = _theirs(Place(weights=place.weights, device=place.device), 0.0, attention="eager")
+            yardstick = _theirs(replace(place, dtype=torch.float32), 0.0, attention="eager")
             self.same = results(yardstick, self.batch, place.dtype)
             self.same["loss"] = self.same["loss"].to(place.dtype)  # what it was computed in
 
 
-def build(name: str, make: Callable[..., Trainee], place: Place, reference: Reference, batches) -> Callable[[], None]:
-    """Judge loss and gradients in float32 and in the case's precision, then the call that trains on all batches."""
-    single = Place(weights=place.weights, device=place.device)  # autocast lowers the precision, not the weights
-    trainee = make(single, 0.0)
+def check(name: str, make: Callable[..., Trainee], place: Place, reference: Reference) -> None:
+    """Judge loss and gradients in float32, and in the case's precision."""
+    trainee = make(replace(place, dtype=torch.float32), 0.0)  # autocast lowers the precision, not the weights
     judge(f"{name} in float32", results(trainee, reference.batch, torch.float32), reference.truth)
     if reference.same is not None:
         judge(name, results(trainee, reference.batch, place.dtype), reference.truth, reference.same)
-    trainee = make(single, DROPOUT)
+
+
+def steps(make: Callable[..., Trainee], place: Place, batches, wrap: Callable = lambda module: module):
+    """The call that makes a step on each batch; `wrap` gets a module from inputs to the loss."""
+    trainee = make(replace(place, dtype=torch.float32), DROPOUT)
+    loss = wrap(Loss(trainee))
     optimizer, inputs = adamw(trainee.model, lr=1e-5), [trainee.prepare(batch) for batch in batches]
 
     def run():
         for batch in inputs:
-            _loss(trainee, batch, place.dtype).backward()
+            _loss(loss, batch, place).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
     return run
 
 
+class Loss(nn.Module):
+    """A trainee's loss as a module of its parameters, which torch's DistributedDataParallel takes."""
+
+    def __init__(self, trainee: Trainee):
+        super().__init__()
+        self.model, self.forward = trainee.model, trainee.loss
+
+
+def build(name: str, make: Callable[..., Trainee], place: Place, reference: Reference, batches) -> Callable[[], None]:
+    """Judge a trainee, then the call that trains on all batches."""
+    check(name, make, place, reference)
+    return steps(make, place, batches)
+
+
 def cases(
     weights: Path, config: BertConfig, *, names, dtypes, threads, batch_size: int, num_batches: int, longest: int,
-    device: str = "cpu", only: Callable[[str], bool] = lambda name: True,
+    device: str = "cpu", backend: str = "auto", only: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Case]:  # fmt: skip
     """A case for every distribution of lengths, precision and number of threads."""
+    providers = PROVIDERS | (CUDA_PROVIDERS if device == "cuda" else {})
     for dtype in dtypes:
         for count in threads:
             torch.set_num_threads(count)
-            place = Place(weights=weights, dtype=dtype, device=device, threads=count)
+            place = Place(weights=weights, dtype=dtype, device=device, threads=count, backend=backend)
             reference = Reference(place, config.vocab_size)
             for name in names:
                 sizes = lengths.sample(name, batch_size * num_batches, longest)
@@ -126,7 +148,7 @@ def cases(
                     work=Work(tokens=int(sizes.sum()), sequences=len(sizes), flops=flops),
                     providers={
                         provider: partial(build, provider, make, place, reference, batches)
-                        for provider, make in PROVIDERS.items() if only(provider)
+                        for provider, make in providers.items() if only(provider)
                     },
                     baseline=BASELINE,
                 )  # fmt: skip

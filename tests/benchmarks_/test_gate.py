@@ -68,6 +68,22 @@ def test_what_computes_something_else_is_refused_by_name(fault, dtype, place):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("make", inference.EMBEDDERS.values(), ids=inference.EMBEDDERS)
+def test_what_embeds_texts_is_timed_and_another_pooling_is_refused(make, dtype, place):
+    place = replace(place, dtype=dtype)
+    reference = inference.Reference(place, CONFIG.vocab_size)
+    texts = inference.texts_of(reference.ids)
+    assert inference.build_embedder("candidate", make, place, reference, texts, 2)().shape == (5, CONFIG.hidden_size)
+
+    def first_token(place, batch_size):
+        model = peers.minibert_model(place)
+        return lambda texts: model(peers.pack([inference.framed(i) for i in reference.ids])).pooler_output
+
+    with pytest.raises(Refused, match="the first token.*: embeddings differs by"):
+        inference.build_embedder("the first token", first_token, place, reference, texts, 2)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_training_is_judged_by_loss_and_gradients(dtype, place):
     place = replace(place, dtype=dtype)
     reference = training.Reference(place, CONFIG.vocab_size)

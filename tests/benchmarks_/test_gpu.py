@@ -20,11 +20,13 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
     }
     assert {name: found["outcome"] for name, found in outcomes.items()} == dict.fromkeys(outcomes, "ok")
     assert all(found["records"] for name, found in outcomes.items() if name != "tests")
-    timed = [row for name in ("kernels", "train", "infer") for record in outcomes[name]["records"].values()
-             for row in record["rows"] if row["provider"].startswith("minibert")]  # fmt: skip
-    assert len(timed) >= 3 and not [row for row in timed if "refused" in row]
+    suites = [outcomes[name] for name in ("kernels", "train", "infer", "train-compiled", "infer-compiled")]
+    rows = [row for suite in suites for record in suite["records"].values() for row in record["rows"]]
+    timed = [row for row in rows if row["provider"].startswith("minibert")]
+    assert len(timed) >= 15 and not [row for row in timed if "refused" in row]
     assert len((tmp_path / "summary.txt").read_text()) < gpu.SUMMARY
-    assert (tmp_path / "report.html").exists() and (tmp_path / "pretraining" / "curve.svg").exists()
+    assert (tmp_path / "report.html").exists() and json.loads((tmp_path / "record.json").read_text())["rows"]
+    assert (tmp_path / "pretraining" / "curve.svg").exists()
 
 
 def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_runs(tmp_path, capsys):
@@ -41,6 +43,27 @@ def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_runs(tmp_path, cap
     assert len(text) < gpu.SUMMARY and "no such kernel" in text and "seen 0\n" in text
     assert "… more in good.json" in text
     assert capsys.readouterr().out.endswith(text + "\n")
+
+
+def test_what_short_stages_leave_of_the_summary_others_get():
+    def result(stage, lines):
+        return {"stage": stage, "outcome": "ok", "seconds": 1.0, "log": "", "records": {"r": {"lines": lines}}}
+
+    long = [f"line {i}".ljust(99) for i in range(500)]
+    text = gpu.summary([result("short", ["brief"]), result("one", long), result("two", long)])
+    assert len(text) < gpu.SUMMARY
+    _, brief, one, two = text.split("== ")
+    assert brief.endswith("brief\n") and one.endswith("… more in one.json\n")
+    assert min(len(one), len(two)) > 0.47 * (gpu.SUMMARY - 450)
+
+
+def test_a_case_is_one_line_of_the_summary_with_all_its_providers():
+    rows = [
+        {"case": "attention S=128", "direction": "fwd", "dtype": "bfloat16", "provider": "minibert", "seconds": 3e-5,
+         "matrix_share": 0.2, "bandwidth_share": 0.8},
+        {"case": "attention S=128", "direction": "fwd", "dtype": "bfloat16", "provider": "liger", "refused": "why"},
+    ]  # fmt: skip
+    assert gpu._lines({"rows": rows}) == ["attention S=128, fwd, bfloat16: minibert 30 µs 80%; liger not timed (why)"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):

@@ -2,14 +2,16 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import lengths, report
 from benchmarks.__main__ import main
 from benchmarks.gate import Refused
-from benchmarks.measure import Case, Peaks, Work, figures, measure
+from benchmarks.measure import Case, Peaks, Work, extra_memory, figures, joules, measure, on_device
 
 PEAKS = Peaks(flops=1e12, bytes=1e11)
 
@@ -35,6 +37,26 @@ def test_ratios_are_taken_within_a_round():
     found = figures(Work(tokens=10), [1.0, 2.0, 4.0], [2.0, 4.0, 8.0], PEAKS)
     assert (found["ratio"], found["ratio_low"], found["ratio_high"]) == (2, 2, 2)
     assert found["tokens_per_second"] == 5
+
+
+def test_extra_memory_is_what_a_call_allocates_beyond_what_was_there():
+    held = torch.ones(1 << 20)
+
+    def call():
+        first = held * 2  # 4 MiB, freed when the second is there
+        second = first + 1
+        del first
+        return second
+
+    assert extra_memory(call) == pytest.approx(8 << 20, abs=64)  # and a number or two
+    assert extra_memory(lambda: None) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_time_is_the_wall_clocks_and_energy_is_not_told():
+    timer = on_device(lambda: time.sleep(0.02))
+    assert timer.how == "wall clock" and 0.02 <= timer.sample() < 0.5
+    assert joules(lambda: None) is None
 
 
 def test_one_that_is_refused_missing_or_broken_costs_the_others_nothing():
