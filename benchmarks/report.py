@@ -63,10 +63,7 @@ def show(record: dict) -> None:
         print(f"\n{SUITES.get(suite, suite)}")
         for row in (titles, *texts):
             print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-        for row in rows:
-            if "refused" in row:
-                labels = ", ".join(str(row[k]) for k in ("direction", "dtype", "threads") if k in row)
-                print(f"not timed: {row['case']}, {row['provider']} ({labels}): {row['refused']}")
+        print("\n".join(f"not timed: {line}" for line in refusals(rows)))
 
 
 def merge(records: Sequence[dict]) -> dict:
@@ -159,12 +156,13 @@ def compare(old: dict, new: dict, least: float = 0.03) -> tuple[list[str], int]:
     return lines, slower
 
 
+TEXT = ("case", "direction", "provider", "dtype", "op", "plan", "kernel", "limiter", "bound", "gpu")  # left-aligned
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #1a1a1a }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 90rem; padding: 0 1rem; color: #1a1a1a }
 h1, h2 { line-height: 1.2 } table { border-collapse: collapse; margin: 1rem 0; font-size: 13px }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid #888 } td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left }
-.scroll { overflow-x: auto } .refused { color: #a33 } img { max-width: 100%; height: auto }
+th { border-bottom: 2px solid #888 } .text { text-align: left } tbody tr:hover { background: #f3f6fa }
+.scroll { overflow-x: auto } .refused { color: #a33 } img { max-width: 100%; height: auto; display: block }
 """
 
 
@@ -176,8 +174,7 @@ def write_html(record: dict, path: Path, xray: Sequence[dict] = ()) -> None:
         parts += [_image(plot, title) for title, plot in plots(suite, rows, record)]
         timed = [row for row in rows if "refused" not in row]
         parts.append(_html_table(*cells(timed)))
-        parts += [f"<p class=refused>{html.escape(row['case'])}: {html.escape(row['refused'])}</p>" for row in rows
-                  if "refused" in row]  # fmt: skip
+        parts += [f"<p class=refused>not timed: {html.escape(line)}</p>" for line in refusals(rows)]
     if xray:
         titles = [name for name in xray[0] if not isinstance(xray[0][name], dict)] + ["mma"]
         texts = [[_plain(row.get(name)) for name in titles] for row in xray]
@@ -192,6 +189,17 @@ def write_html(record: dict, path: Path, xray: Sequence[dict] = ()) -> None:
     path.write_text(page, encoding="utf-8")
 
 
+def refusals(rows: Sequence[dict]) -> list[str]:
+    """Who was not timed and why, a line a provider and reason, with how many cases it cost."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "refused" in row:
+            found.setdefault((row["provider"], row["refused"]), []).append(row["case"])
+    return [f"{provider}: {reason.removeprefix(provider + ': ')} ({cases[0]}"
+            + (f", and {len(cases) - 1} more" if len(cases) > 1 else "") + ")"
+            for (provider, reason), cases in found.items()]  # fmt: skip
+
+
 def _plain(value) -> str:
     if isinstance(value, dict):
         return " ".join(f"{number} {name}" for name, number in value.items())
@@ -199,8 +207,12 @@ def _plain(value) -> str:
 
 
 def _html_table(titles, texts) -> str:
-    head = "".join(f"<th>{html.escape(title)}" for title in titles)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(text)}" for text in row) for row in texts)
+    kinds = [" class=text" if title in TEXT else "" for title in titles]
+    head = "".join(f"<th{kind}>{html.escape(title)}" for kind, title in zip(kinds, titles, strict=True))
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{kind}>{html.escape(text)}" for kind, text in zip(kinds, row, strict=True))
+        for row in texts
+    )
     return f"<div class=scroll><table><thead><tr>{head}</thead><tbody>{body}</tbody></table></div>"
 
 
@@ -238,7 +250,7 @@ def _bars(rows):
             row.get("dtype"),
             row.get("threads") and f"{row['threads']} threads",
         )
-        groups.setdefault("\n".join(str(word) for word in words if word), {})[row["provider"]] = row
+        groups.setdefault(", ".join(str(word) for word in words if word), {})[row["provider"]] = row
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     height = 0.8 / len(providers)
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.22 * len(groups) * len(providers)))
@@ -277,19 +289,27 @@ def _roofline(rows, peaks):
 
 
 def _curves(rows, axis):
+    """Useful tokens/s and extra memory against one axis."""
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row["axis"] == axis]
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for provider in dict.fromkeys(row["provider"] for row in rows):
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 4))
+    for index, provider in enumerate(dict.fromkeys(row["provider"] for row in rows)):
         found = sorted((row for row in rows if row["provider"] == provider), key=lambda row: row["value"])
-        xs = [row["value"] for row in found]
-        axes.plot(xs, [row["tokens_per_second"] for row in found], marker="o", label=provider)
+        xs, style = [row["value"] for row in found], {"marker": "o", "color": f"C{index}"}
+        speed.plot(xs, [row["tokens_per_second"] for row in found], label=provider, **style)
         low, high = (
             [row["tokens_per_second"] * row["seconds"] / row[f"seconds_{end}"] for row in found]
             for end in ("high", "low")
         )
-        axes.fill_between(xs, low, high, alpha=0.2)
-    axes.set(xscale="log", xlabel=axis, ylabel="useful tokens/s", ylim=(0, None))
-    axes.legend(fontsize=8)
+        speed.fill_between(xs, low, high, alpha=0.2, color=f"C{index}")
+        seen = [row for row in found if row.get("extra_memory")]
+        memory.plot([r["value"] for r in seen], [r["extra_memory"] / 2**20 for r in seen], **style)
+    ticks = sorted({row["value"] for row in rows})
+    for axes, title in ((speed, "useful tokens/s"), (memory, "MiB of activations and gradients")):
+        axes.set(xscale="log", xlabel=axis, ylabel=title, ylim=(0, None))
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+    speed.legend(fontsize=8)
+    memory.set_visible(any(row.get("extra_memory") for row in rows))
     return figure

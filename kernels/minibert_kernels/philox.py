@@ -110,8 +110,8 @@ def keep_mask(seed, p, c0, c1, c2, c3, cols):
     groups = torch.arange(-(-cols // 16), device=c0.device)
     words = philox(seed, c0[..., None] + groups, c1[..., None], c2[..., None], c3[..., None])
     words = torch.stack(torch.broadcast_tensors(*words), dim=-1)  # [..., groups, 4]
-    shifts = torch.arange(0, 32, 8, device=c0.device)
-    return (((words[..., None] >> shifts) & 0xFF) >= threshold(p)).flatten(-3)[..., :cols]
+    drawn = words.to(torch.int32).view(torch.uint8)  # the bytes of a word, the lowest first: [..., groups, 16]
+    return (drawn >= threshold(p)).flatten(-2)[..., :cols]
 
 
 def attention_keep(seed, p, seq_ids, num_heads, rows, cols):
