@@ -164,8 +164,8 @@ def profile_step(model: nn.Module, batch: Batch, options: Options = Options(), o
 def run_steps(model: nn.Module, batch: Batch, options: Options, tool: Tool, out: Path | str) -> None:
     """Run the steps for another profiler, modules as ranges: Proton, or with NVTX whatever started this process.
 
-    The warm-up has no ranges. With NVTX, cudaProfilerStart and cudaProfilerStop enclose the measured steps; Proton writes
-    `out`/proton.hatchet.
+    The warm-up has no ranges. Under NVTX cudaProfilerStart and cudaProfilerStop enclose the measured steps; Proton
+    writes `out`/proton.hatchet.
     Raises:
         ValueError: see `check_tool`.
     """

@@ -43,7 +43,7 @@ def test_a_saved_model_is_profiled_with_all_its_heads(tmp_path, capsys):
     config = BertConfig.preset("bert-tiny", vocab_size=97, num_hidden_layers=1, id2label=("a", "b", "c"))
     BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
     command = f"profile --model {tmp_path / 'model'} --out {tmp_path / 'out'} --optimizer lamb --json"
-    assert main([*command.split(), *"--batch-size 2 --length 5 --steps 1 --warmup 0".split()]) == 0
+    assert main(f"{command} --batch-size 2 --length 5 --steps 1 --warmup 0".split()) == 0
     summary = json.loads(capsys.readouterr().out)["summary"]
     assert summary["model"] == "BertForSequenceClassification" and summary["optimizer"] == "lamb"
 
