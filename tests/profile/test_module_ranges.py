@@ -44,20 +44,23 @@ def test_ranges_close_where_a_module_raises():
         def forward(self, x):
             raise KeyError("broken")
 
+    events = []
+
+    class Mark:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            events.append(f"+{self.name}")
+
+        def __exit__(self, *error):
+            events.append(f"-{self.name}")
+
     model = nn.Sequential(nn.ReLU(), Broken())
-    opened = []
-
-    @contextlib.contextmanager
-    def mark(name):
-        opened.append(name)
-        try:
-            yield
-        finally:
-            opened.remove(name)
-
-    with pytest.raises(KeyError), ranges(model, mark):
+    with pytest.raises(KeyError), ranges(model, Mark):
         model(torch.rand(2))
-    assert hooks(model) == 0 and opened == []
+    assert events == ["+Sequential", "+0", "-0", "+1", "-1", "-Sequential"]
+    assert hooks(model) == 0
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])

@@ -8,9 +8,11 @@ import torch
 from small import LENGTHS, build
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.profiler import record_function
 
 from minibert.model import BertForPreTraining, BertModel
 from minibert.profile import Options, Step, profile_step, synthetic_batch
+from minibert.profile.measure import _profiler, within_steps
 from minibert.profile.step import lengths_of
 
 STEPS = 3
@@ -57,6 +59,17 @@ def test_calls_are_those_of_one_step(trained):
     assert calls["aten::native_layer_norm"] == calls["aten::native_layer_norm_backward"] == 1 + 2 * 2 + 1
     assert calls["aten::gelu"] == 2 + 1
     assert calls["Optimizer.step#AdamW.step"] == 1
+
+
+def test_what_runs_outside_of_a_step_counts_for_nothing():
+    x = torch.rand(7, 5)
+    with _profiler(False) as profiler:
+        x.sin()
+        with record_function("step"):
+            x.cos()
+        x.tan()
+    names = {event.name for event in within_steps(profiler.events())}
+    assert "aten::cos" in names and not names & {"aten::sin", "aten::tan"}
 
 
 def test_the_summary_says_what_ran(trained, inferred):
