@@ -1,21 +1,36 @@
-"""What the two READMEs tell people to type works."""
+"""What the READMEs and docs/ tell people to type works."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
-from minibert import BertConfig, BertForSequenceClassification, Tokenizer
-from minibert.cli import VERBS, build_parser
+from minibert import BertConfig, BertForPreTraining, BertForSequenceClassification, Tokenizer
+from minibert.cli import VERBS, build_parser, main
 from minibert.demo import REVIEWS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROFILING = (ROOT / "docs/profiling.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "kernels/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = ("make ", "nsys stats ", "proton-viewer ")  # what neither minibert nor Python runs
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def console(text: str) -> list[str]:
+    return [line for block in blocks(text, "console") for line in block.splitlines()]
+
+
+def minibert_commands(text: str) -> list[list[str]]:
+    """Verb and arguments of every `minibert …`, whatever program it is run under."""
+    lines = [line[line.index("minibert ") :] for line in console(text) if "minibert " in line]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
 @pytest.fixture
@@ -45,13 +60,58 @@ def test_the_python_of_the_kernels_readme_runs():
     assert names["packed"].equal(names["x"])
 
 
-def test_every_minibert_command_of_the_readme_parses():
-    lines = [line for block in blocks(README, "console") for line in block.splitlines()]
-    commands = [shlex.split(line[line.index("minibert ") :], comments=True) for line in lines if "minibert " in line]
-    assert len(commands) >= 8
-    for _, verb, *rest in commands:
+@pytest.mark.parametrize(("document", "least"), [("README.md", 8), ("docs/profiling.md", 7)])
+def test_the_documents_hold_commands(document, least):
+    assert len(minibert_commands((ROOT / document).read_text(encoding="utf-8"))) >= least
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_minibert_command_parses(document):
+    for verb, *rest in minibert_commands(document.read_text(encoding="utf-8")):
         assert verb in VERBS
         assert build_parser(verb).parse_args(rest) is not None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_other_command_is_one_that_is_known(document):
+    for line in console(document.read_text(encoding="utf-8")):
+        if "minibert " not in line:
+            module = re.match(r"python -m ([\w.]+)", line)
+            assert importlib.util.find_spec(module[1]) if module else line.startswith(OTHERS), line
+
+
+def test_every_document_that_a_readme_names_exists():
+    for document in DOCUMENTS:
+        for name in re.findall(r"`((?:docs|kernels)/\w+\.md)`", document.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), name
+
+
+def test_the_commands_and_the_python_about_profiling_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = BertConfig.preset("bert-tiny", vocab_size=97, num_hidden_layers=1, id2label=("negative", "positive"))
+    BertForSequenceClassification(config).save_pretrained("runs/reviews")
+    small, vocabulary = "--batch-size 2 --length 8 --steps 1 --warmup 0 --device cpu", "--arch.vocab_size 97"
+    commands = [command for command in minibert_commands(PROFILING) if "--tool" not in command]
+    assert [command[0] for command in commands] == ["profile"] * 4
+    for command in commands:
+        preset = vocabulary.split() if "bert-tiny" in command else []
+        assert main([*command, *small.split(), *preset]) == 0
+    capsys.readouterr()
+    for example in blocks(PROFILING, "python"):
+        exec(compile(example, "docs/profiling.md", "exec"), {})
+    memory, ops = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d+\.\d MB beside the weights, \d+\.\d ms into the steps; the largest: \[\d+", memory)
+    assert ops.startswith("[('")
+
+
+def test_the_ranges_and_kernels_that_the_recipes_choose_are_there():
+    with torch.device("meta"):
+        model = BertForPreTraining(BertConfig.preset("bert-base"))
+    ranges = re.findall(r'--nvtx-include "(.*)/"', PROFILING)
+    assert ranges and set(ranges) <= {name for name, _ in model.named_modules()}
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels/minibert_kernels").glob("*.py"))
+    kernels, chosen = re.findall(r"def (\w+_kernel)\(\n", sources), re.findall(r"-k regex:(\S+)", PROFILING + README)
+    assert chosen and all(any(re.search(pattern, kernel) for kernel in kernels) for pattern in chosen)
 
 
 def test_every_file_of_the_tree_in_the_readme_exists():

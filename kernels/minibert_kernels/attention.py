@@ -265,9 +265,8 @@ def attention(
     Raises:
         ValueError: names the argument that does not fit the others.
     """
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    if reference.under_autocast(q):
+        dtype = reference.autocast_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     _check(q, k, v, cu_seqlens, max_seqlen, dropout, seq_ids, window)
     _check_score_terms(q, cu_seqlens, max_seqlen, score_bias, alibi_slopes, schedule)

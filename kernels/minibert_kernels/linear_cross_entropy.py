@@ -326,9 +326,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: names the argument that does not fit the others.
     """
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    if reference.under_autocast(hidden):
+        dtype = reference.autocast_dtype(hidden)
         hidden, weight, bias = (None if t is None else t.to(dtype) for t in (hidden, weight, bias))
     _check(hidden, weight, bias, labels, ignore_index, label_smoothing, reduction, max_labels)
     kernel = use_triton("linear_cross_entropy", backend, hidden)

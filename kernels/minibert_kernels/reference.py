@@ -166,11 +166,15 @@ def embed_norm(
     return out.to(autocast_dtype(word))
 
 
-def autocast_dtype(x):
-    """That of autocast, if it is on where x is and x is not float64, else the dtype of x."""
+def under_autocast(x):
+    """Whether autocast is on where x is and x is not float64."""
     # meta tensors know no autocast; they come where shapes are tried, or waits for a device looked for
-    on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
+def autocast_dtype(x):
+    """That of autocast under it, else the dtype of x."""
+    return torch.get_autocast_dtype(x.device.type) if under_autocast(x) else x.dtype
 
 
 def linear_cross_entropy(

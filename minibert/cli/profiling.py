@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..config import PRESETS, BertConfig
 from ..model import BertForPreTraining, BertModel
@@ -83,22 +83,26 @@ def network_of(model: str, arch: dict, mode: str, backend: str, allow_pickle: bo
 
 def show(result: dict, out: str) -> None:
     """The tables, the summary, and where the files are."""
-    console, summary = Console(highlight=False), result["summary"]
+    console, summary = Console(highlight=False, soft_wrap=True), result["summary"]
     on_gpu = summary["launches"] is not None
-    table = Table("op", "calls", "ms", "share", "MB", "GB/s", "of copy", "TFLOP/s", title="ops, a step")
+    calls = "launches" if on_gpu else "calls"
+    heads = (whole("op"), calls, "ms", "share", "MB", "GB/s", "of copy", "TFLOP/s")
+    table = Table(*heads, title="ops, a step", caption=shown(result["ops"], "ops"))
     for row in result["ops"][:SHOWN]:
         table.add_row(
-            row["op"], number(row["launches"] if on_gpu else row["calls"], 1), number(row["self_ms"], 3),
+            row["op"], number(row[calls], 1), number(row["self_ms"], 3),
             f"{row['share']:.1%}", number(row["bytes"] and row["bytes"] / 1e6, 1), number(row["gb_per_s"], 1),
             "" if row["of_copy"] is None else f"{row['of_copy']:.0%}", number(row["tflops"], 3),
         )  # fmt: skip
-    if on_gpu:
-        table.columns[1].header = "launches"
     console.print(table)
-    table = Table("module", "type", "forward, ms", "backward, ms", title="modules, a step")
-    for row in [row for row in result["modules"] if row["module"].count(".") <= 4][:SHOWN]:
+    heads, modules = (whole("module"), whole("type"), "forward, ms", "backward, ms"), result["modules"]
+    table = Table(*heads, title="modules, a step", caption=shown(modules, "modules"))
+    spent = lambda row: row["forward_ms"] + row["backward_ms"]  # noqa: E731
+    least = min(sorted(map(spent, modules))[-SHOWN:], default=0)
+    for row in [row for row in modules if spent(row) >= least]:
         table.add_row(row["module"], row["type"], number(row["forward_ms"], 3), number(row["backward_ms"], 3))
-    console.print(table)
+    if modules:
+        console.print(table)
     console.print(
         f"{summary['step_ms']:.2f} ms a step, {summary['tokens_per_second']:,.0f} tokens/s; under the profiler "
         f"{summary['profiled_step_ms']:.2f} ms; peak memory {summary['peak_memory_bytes'] / 2**20:,.1f} MiB"
@@ -115,6 +119,15 @@ def show(result: dict, out: str) -> None:
         for sync in summary["host_syncs"]:
             console.print(f"  {sync['where']}: {sync['op']}, {sync['calls']} a step", markup=False)
     console.print(f"in {out}: {', '.join(sorted(path.name for path in Path(out).iterdir()))}", markup=False)
+
+
+def whole(name: str) -> Column:
+    """A column whose words are folded rather than cut."""
+    return Column(name, overflow="fold")
+
+
+def shown(rows: list[dict], what: str) -> str | None:
+    return f"the {SHOWN} dearest of {len(rows)}: all are in {what}.json" if len(rows) > SHOWN else None
 
 
 def number(value: float | None, digits: int) -> str:

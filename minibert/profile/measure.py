@@ -6,7 +6,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ from ..config import one_of
 from ..files import write_atomically
 from ..train import OPTIMIZERS
 from .step import Step
-from .watch import count_traffic, find_syncs, name_of, ranges
+from .watch import Traffic, count_traffic, find_syncs, name_of, ranges
 
 Mode = Literal["train", "infer"]
 Dtype = Literal["float32", "bfloat16"]
@@ -108,7 +108,8 @@ def profile_step(model: nn.Module, batch: Batch, options: Options = Options(), o
     mark = marker(record_function, *([torch.cuda.nvtx.range] if cuda else []))
     syncs, why = _syncs(model, batch, options)
     step = Step(model, batch, **options.step, mark=mark)
-    traffic = count_traffic(step)
+    step()
+    traffic = None if options.compile else count_traffic(step)
     if options.compile:
         model.compile()
     for _ in range(options.warmup):
@@ -119,6 +120,7 @@ def profile_step(model: nn.Module, batch: Batch, options: Options = Options(), o
     peak = torch.cuda.max_memory_allocated(device) if cuda else None
     bandwidth = copy_bandwidth(device)
     named = contextlib.nullcontext() if options.compile else ranges(model, mark)
+    model.zero_grad(set_to_none=True)  # the first step would release gradients that the profiler saw nobody allocate
     held = _held_bytes(model, step)
     with named, _profiler(cuda) as profiler:
         for _ in range(options.steps):
@@ -131,7 +133,7 @@ def profile_step(model: nn.Module, batch: Batch, options: Options = Options(), o
         allocations = [] if cuda else allocations_of(trace)
     names = set(PHASES) | {name_of(path, module) for path, module in model.named_modules()}
     events = within_steps(profiler.events())
-    ops = op_table(events, names, options.steps, cuda, {} if options.compile else traffic, bandwidth)
+    ops = op_table(events, names, options.steps, cuda, traffic, bandwidth)
     modules = module_table(events, model, options.steps, cuda)
     summary = {
         **describe(model, batch, options, device),
@@ -162,7 +164,8 @@ def profile_step(model: nn.Module, batch: Batch, options: Options = Options(), o
 def run_steps(model: nn.Module, batch: Batch, options: Options, tool: Tool, out: Path | str) -> None:
     """Run the steps for another profiler, modules as ranges: Proton, or with NVTX whatever started this process.
 
-    cudaProfilerStart and cudaProfilerStop enclose the measured steps. Proton writes `out`/proton.hatchet.
+    The warm-up has no ranges. Under NVTX cudaProfilerStart and cudaProfilerStop enclose the measured steps; Proton
+    writes `out`/proton.hatchet.
     Raises:
         ValueError: see `check_tool`.
     """
@@ -255,35 +258,46 @@ def within_steps(events) -> list:
     return [e for e in events if e.device_type != DeviceType.CPU or inside(e)]
 
 
-def op_table(events, names: set[str], steps: int, cuda: bool, traffic, bandwidth: float) -> list[dict]:
+def op_table(events, names: set[str], steps: int, cuda: bool, traffic: Traffic | None, bandwidth: float) -> list[dict]:
     """A row an op, the most expensive first; numbers a step.
 
     Time is that of the op's own kernels on CUDA, the host's own time elsewhere; `total_ms` is with the ops it calls,
-    and what bytes and FLOPs are divided by. Bytes are each input and output once. Time of the host between ops is in
-    the row "(python)".
+    and what bytes and FLOPs are divided by. Bytes are each input and each output once, and of ops that the model calls:
+    of those inside another that has bytes, none; nor of an op that the watched step called another number of times.
+    Time of the host between ops is in the row "(python)".
     """
     own, whole = ("self_device_time_total", "device_time_total") if cuda else ("self_cpu_time_total", "cpu_time_total")
-    rows = defaultdict(lambda: {"calls": 0, "self_ms": 0.0, "total_ms": 0.0, "launches": 0, "flops": 0})
+    watched = traffic.calls if traffic else {}
+    rows = defaultdict(lambda: Counter(calls=0, self_ms=0.0, total_ms=0.0, launches=0, flops=0, outer=0, outer_ms=0.0))
     for e in events:
         if e.device_type != DeviceType.CPU or e.name == "[memory]":
             continue
-        row = rows[PYTHON if e.name in names else e.name]
-        row["calls"] += e.name not in names
+        row, inside = rows[PYTHON if e.name in names else e.name], ancestors(e)
         row["self_ms"] += getattr(e, own) / 1e3
-        row["total_ms"] += (getattr(e, whole) if e.name not in names else getattr(e, own)) / 1e3
         row["launches"] += len(e.kernels)
         row["flops"] += e.flops or 0
+        if e.name in names:
+            row["total_ms"] += getattr(e, own) / 1e3
+            continue
+        row["calls"] += 1
+        if e.name not in inside:  # linear calls itself under autocast
+            row["total_ms"] += getattr(e, whole) / 1e3
+        if e.name in watched and inside.isdisjoint(watched):
+            row["outer"] += 1
+            row["outer_ms"] += getattr(e, whole) / 1e3
     everything = sum(row["self_ms"] for row in rows.values())
     table = []
     for name, row in rows.items():
-        seconds, row = row["total_ms"] / 1e3, {key: value / steps for key, value in row.items()}
-        moved = traffic.get(name) or None
-        rate = moved * steps / seconds if moved and seconds else None
+        known = name in watched and row["outer"] == watched[name] * steps
+        moved = (traffic.bytes[name] or None) if known else None
+        rate = moved * steps / row["outer_ms"] * 1e3 if moved and row["outer_ms"] else None
+        flops = row["flops"] / row["total_ms"] * 1e3 if row["flops"] and row["total_ms"] else None
         if row["self_ms"] or row["calls"]:
             table.append(
-                {"op": name, **row, "share": row["self_ms"] * steps / everything if everything else 0.0}
+                {"op": name, **{key: row[key] / steps for key in ("calls", "self_ms", "total_ms", "launches", "flops")}}
+                | {"share": row["self_ms"] / everything if everything else 0.0}
                 | {"bytes": moved, "gb_per_s": rate and rate / 1e9, "of_copy": rate and rate / bandwidth}
-                | {"tflops": row["flops"] * steps / seconds / 1e12 if row["flops"] and seconds else None}
+                | {"tflops": flops and flops / 1e12}
             )
     return sorted(table, key=lambda row: (-row["self_ms"], -row["total_ms"]))
 
@@ -362,8 +376,8 @@ def _write_memory(out: Path, step: Step, device: torch.device, held: int, alloca
 
 
 def _held_bytes(model: nn.Module, step: Step) -> int:
-    """Weights, buffers, gradients and moments."""
-    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    """Weights, buffers and moments: what is there between two steps."""
+    tensors = [*model.parameters(), *model.buffers()]
     if step.optimizer is not None:
         tensors += [x for state in step.optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
     return sum(x.numel() * x.element_size() for x in tensors)

@@ -92,8 +92,9 @@ class Step:
 
     def train(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        seed = torch.tensor(fold(0, self.number))  # to torch.compile every new int is a new graph
         with self.mark("forward"), self.autocast():
-            loss = self.model(self.batch.to(self.device), seed=fold(0, self.number)).loss
+            loss = self.model(self.batch.to(self.device), seed=seed).loss
         with self.mark("backward"):
             loss.backward()
         with self.mark("optimizer"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import sys
 import traceback
 from collections import Counter, defaultdict
@@ -16,7 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..batch import Batch
 from .step import Step
 
-TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent) + os.sep
+aten = torch.ops.aten
+VIEWS = ("aten::detach", "aten::_unsafe_view")  # which torch does not call views
+LOOKUPS = ("aten::embedding", "aten::index_select", "aten::index", "aten::gather")
+WRITERS = ("aten::copy_", "aten::fill_", "aten::zero_")
 Mark = Callable[[str], contextlib.AbstractContextManager]
 
 
@@ -48,19 +53,56 @@ def ranges(model: nn.Module, mark: Mark) -> Iterator[None]:
             handle.remove()
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes of every op: each tensor that goes in and each that comes out, once; views move nothing."""
+class Watch(TorchDispatchMode):
+    """Shows every op to `see`; composite ones, which inference mode hands over whole, in their parts."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:
+            result = func.decompose(*args, **kwargs)
+        return self.see(func, args, kwargs) if result is NotImplemented else result
+
+    def see(self, func, args, kwargs):
+        raise NotImplementedError
+
+
+class Traffic(Watch):
+    """Calls and bytes of every op by its name: each tensor that goes in or comes out; views move nothing."""
 
     def __init__(self):
         super().__init__()
+        self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view and func.name() != "aten::detach":
-            tensors = {id(x): x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)}
-            self.bytes[func.name().split(".")[0]] += sum(map(stored_bytes, tensors.values()))
+    def see(self, func, args, kwargs):
+        result, name = func(*args, **kwargs), name_of_op(func)
+        if not func.is_view and name not in VIEWS:
+            # of a table the rows that come out are read, and no others
+            read = (result, *args[1:]) if name in LOOKUPS else args
+            tensors = {id(x): x for x in tensors_of(read, kwargs)} | updated(func, args)
+            written = {id(x): x for x in tensors_of(result) if id(x) not in tensors or name in LOOKUPS}
+            self.calls[name] += 1
+            self.bytes[name] += sum(map(stored_bytes, [*tensors.values(), *written.values()]))
         return result
+
+
+def tensors_of(*tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def name_of_op(func) -> str:
+    """As the profiler writes it."""
+    return func.name().split(".")[0]
+
+
+def updated(func, args) -> dict[tuple[str, int], Tensor]:
+    """What an op in place reads and then writes; fills and copies only write, and so does anything into `out`."""
+    if name_of_op(func) in WRITERS:
+        return {}
+    # `out` can only be given by its name; adamw's gradients are marked for the sake of a scaler that is not used here
+    marked = [a.is_write and not a.kwarg_only and a.name != "grads" for a in func._schema.arguments]
+    written = tensors_of([x for x, is_written in zip(args, marked, strict=False) if is_written])
+    return {("written", id(x)): x for x in written}
 
 
 def stored_bytes(x: Tensor) -> int:
@@ -73,15 +115,15 @@ def stored_bytes(x: Tensor) -> int:
     return elements * x.element_size()
 
 
-def count_traffic(step: Step) -> Counter[str]:
-    """Run one step; bytes by op name, as the profiler writes it."""
+def count_traffic(step: Step) -> Traffic:
+    """Run one step, not the first: that one makes the optimizer's moments."""
     with Traffic() as traffic:
         step()
-    return traffic.bytes
+    return traffic
 
 
-class HostReads(TorchDispatchMode):
-    """Notes every op that makes the host wait for values on a device, and who called it.
+class HostReads(Watch):
+    """Notes every op that makes the host wait for a device, and who called it.
 
     On the meta device, where there are no values, it answers with ones for bools and zeros elsewhere.
     """
@@ -90,37 +132,53 @@ class HostReads(TorchDispatchMode):
         super().__init__()
         self.found: dict[tuple[str, str], int] = defaultdict(int)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        away = [x for x in tensors if x.device.type != "cpu"]
-        if not away or not waits(func, args, kwargs, tensors):
+    def see(self, func, args, kwargs):
+        to_host = reads(func, args, kwargs)
+        if (to_host or uploads(func, args, kwargs)) and not non_blocking(func, args, kwargs):
+            self.found[caller(), name_of_op(func)] += 1
+        if not to_host or "meta" not in {x.device.type for x in tensors_of(args, kwargs)}:
             return func(*args, **kwargs)
-        self.found[caller(), func.name().split(".")[0]] += 1
-        if away[0].device.type != "meta":
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.copy_.default:
+        if func is aten.copy_.default:
             return args[0].fill_(0)
-        here = tree_map_only(Tensor, lambda x: made_up(x, "cpu"), (args, kwargs))
-        to_host = func is torch.ops.aten._to_copy.default
-        return tree_map_only(Tensor, lambda x: x if to_host else x.to("meta"), func(*here[0], **here[1]))
+        args, kwargs = tree_map_only(Tensor, lambda x: made_up(x, "cpu"), (args, kwargs))
+        result = func(*args, **kwargs)
+        return result if func is aten._to_copy.default else tree_map_only(Tensor, lambda x: x.to("meta"), result)
 
 
 def made_up(x: Tensor, device: str) -> Tensor:
     return (torch.ones if x.dtype == torch.bool else torch.zeros)(x.shape, dtype=x.dtype, device=device)
 
 
-def waits(func, args, kwargs, tensors: list[Tensor]) -> bool:
-    """Whether the host must have a value, or a size that follows from values, before this op returns."""
-    aten = torch.ops.aten
+def ends(func, args, kwargs) -> tuple[bool, bool] | None:
+    """Of a copy, whether it starts and whether it ends on the host; None for other ops."""
     if func is aten._to_copy.default:
-        device = kwargs.get("device")
-        return device is not None and torch.device(device).type == "cpu" and not kwargs.get("non_blocking")
-    if func is aten.copy_.default:
-        non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
-        return args[0].device.type == "cpu" and not non_blocking
+        devices = args[0].device, torch.device(kwargs.get("device") or args[0].device)
+    elif func is aten.copy_.default:
+        devices = args[1].device, args[0].device
+    else:
+        return None
+    return devices[0].type == "cpu", devices[1].type == "cpu"
+
+
+def non_blocking(func, args, kwargs) -> bool:
+    return bool(kwargs.get("non_blocking") or (func is aten.copy_.default and any(args[2:])))
+
+
+def uploads(func, args, kwargs) -> bool:
+    """Whether this copies from the host to a device."""
+    return ends(func, args, kwargs) == (True, False)
+
+
+def reads(func, args, kwargs) -> bool:
+    """Whether values on a device, or a size that follows from them, go to the host."""
+    if (copied := ends(func, args, kwargs)) is not None:
+        return copied == (False, True)
+    if all(x.device.type == "cpu" for x in tensors_of(args, kwargs)):
+        return False
     if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
-        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        # x[mask] = 0 hands CUDA a number that is on the host, and is a fill
+        filled = len(args) > 2 and args[2].device.type == "cpu" and args[2].numel() == 1
+        return not filled and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
     if func is aten.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
