@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import arguments
 from minibert import BertConfig, BertForPreTraining, BertForSequenceClassification, Tokenizer
 from minibert.cli import VERBS, build_parser, main
 from minibert.demo import REVIEWS
@@ -70,6 +71,14 @@ def test_every_minibert_command_parses(document):
     for verb, *rest in minibert_commands(document.read_text(encoding="utf-8")):
         assert verb in VERBS
         assert build_parser(verb).parse_args(rest) is not None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_of_the_benchmarks_parses(document):
+    lines = [line for line in console(document.read_text(encoding="utf-8")) if "-m benchmarks" in line]
+    assert lines or document.name != "benchmarks.md"
+    for line in lines:
+        assert arguments(shlex.split(line.split("-m benchmarks")[1], comments=True)) is not None
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
