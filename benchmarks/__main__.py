@@ -100,8 +100,7 @@ def run(args) -> dict:
     record = {"machine": measure.machine(), "options": options, "peaks": {}, "rows": []}
     folder = args.out or Path(__file__).parent / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    where = record["machine"].get("gpu", {}).get("name", "cpu").split()[-1].lower()
-    name = f"{where}-{record['machine']['date']}-{args.verb}" + "-quick" * args.quick
+    name = f"{measure.place_and_date(record['machine'])}-{args.verb}" + "-quick" * args.quick
     torch.backends.cuda.matmul.allow_tf32 = False
     rounds = args.rounds or (5 if args.quick else 9)
     for case in suite_cases(args):

@@ -115,7 +115,9 @@ def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[S
     suites = [record for result in results for record in result["records"].values() if "rows" in record]
     if suites:
         merged = report.merge(suites)
-        write_atomically(folder / "record.json", json.dumps(merged, indent=1) + "\n")
+        write_atomically(
+            folder / f"{measure.place_and_date(merged['machine'])}.json", json.dumps(merged, indent=1) + "\n"
+        )
         report.write_html(merged, folder / "report.html")
     text = summary(results)
     write_atomically(folder / "summary.txt", text)

@@ -9,6 +9,7 @@ import gc
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -268,6 +269,13 @@ def machine() -> dict:
         values = _output("nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader").split(", ")
         record["gpu"] = dict(zip(fields.split(","), values, strict=False)) | {"name": torch.cuda.get_device_name()}
     return record
+
+
+def place_and_date(record: dict) -> str:
+    """What files of a machine are called, e.g. "h200-2026-01-31" of NVIDIA H200; "cpu-2026-01-31" without a GPU."""
+    name = record.get("gpu", {}).get("name", "cpu")
+    model = re.search(r"(RTX )?[A-Z]*\d{2,}\w*", name)
+    return f"{(model[0] if model else name).replace(' ', '').lower()}-{record['date']}"
 
 
 def condition() -> dict:

@@ -28,12 +28,18 @@ _theirs = peers.transformers_trainee
 PROVIDERS: dict[str, Callable[..., Trainee]] = {
     "minibert": peers.minibert_trainee,
     "transformers eager": partial(_theirs, attention="eager"),
+    "transformers eager, masked rows": partial(_theirs, attention="eager", masked_rows=True),
     "transformers sdpa": _theirs,
     "transformers sdpa, masked rows": partial(_theirs, masked_rows=True),
     "transformers sdpa, compiled": partial(_theirs, dynamic=True),
     "transformers sdpa, masked rows, compiled": partial(_theirs, masked_rows=True, dynamic=True),
 }
-CUDA_PROVIDERS = {"minibert, compiled": partial(peers.minibert_trainee, dynamic=True)}
+_graphs = {"mode": "reduce-overhead", "dynamic": False}
+CUDA_PROVIDERS = {
+    "minibert, compiled": partial(peers.minibert_trainee, dynamic=True),
+    "transformers sdpa, reduce-overhead": partial(_theirs, **_graphs),
+    "transformers sdpa, masked rows, reduce-overhead": partial(_theirs, masked_rows=True, **_graphs),
+}
 BASELINE = "transformers sdpa"
 
 

@@ -2,16 +2,21 @@
 
 import json
 import re
+import shutil
+import subprocess
 import time
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import lengths, report
+from benchmarks import measure as measure_module
 from benchmarks.__main__ import main
 from benchmarks.gate import Refused
-from benchmarks.measure import Case, Peaks, Work, extra_memory, figures, joules, measure, on_device
+from benchmarks.measure import Case, Peaks, Work, extra_memory, figures, joules, measure, on_device, place_and_date
 
 PEAKS = Peaks(flops=1e12, bytes=1e11)
 
@@ -57,6 +62,61 @@ def test_without_a_gpu_time_is_the_wall_clocks_and_energy_is_not_told():
     timer = on_device(lambda: time.sleep(0.02))
     assert timer.how == "wall clock" and 0.02 <= timer.sample() < 0.5
     assert joules(lambda: None) is None
+
+
+@pytest.mark.parametrize("captured", (True, False))
+def test_on_a_gpu_a_call_is_timed_behind_an_overwritten_cache_from_a_graph_or_else_as_launched(captured, monkeypatch):
+    """A stand-in for torch.cuda that writes down what is asked of it: the order is what is tested, not a GPU."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextmanager
+    def capture(graph, stream):
+        log.append("capture")
+        yield
+        if not captured:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    class Junk:
+        def random_(self, low, high):
+            log.append("flush")
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True, stream=lambda stream: nullcontext(), CUDAGraph=Graph, graph=capture, Event=Event,
+        synchronize=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr(measure_module.torch, "cuda", cuda)
+    monkeypatch.setattr(measure_module, "side_stream", lambda: "side")
+    monkeypatch.setattr(measure_module.torch, "empty", lambda *args, **kwargs: Junk())
+    timer = on_device(lambda: log.append("call"))
+    assert log == ["call"] * 3 + ["capture", "call"] and timer.how == ("CUDA graph" if captured else "launches")
+    log.clear()
+    assert timer.sample() == 2e-3
+    one = ["flush", "event", "replay" if captured else "call", "event"]
+    assert log == one * measure_module.DEVICE_CALLS
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"),
+     ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA L40S", "l40s")],
+)  # fmt: skip
+def test_files_are_named_after_the_gpu(name, label):
+    assert place_and_date({"date": "2026-01-31", "gpu": {"name": name}}) == f"{label}-2026-01-31"
+    assert place_and_date({"date": "2026-01-31"}) == "cpu-2026-01-31"
 
 
 def test_one_that_is_refused_missing_or_broken_costs_the_others_nothing():
@@ -116,6 +176,19 @@ def test_the_page_needs_nothing_beside_it(tmp_path):
     assert not re.search(r"(src|href)=['\"]?(?!['\"]?data:)", page) and "<script" not in page and "@import" not in page
     assert page.count("data:image/svg+xml") == 4  # bars twice, the roofline, a curve
     assert "a &lt; b" in page and "4 HGMMA" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on the path")
+def test_a_browser_shows_the_page_without_a_complaint(tmp_path):
+    kernel = row(suite="kernels", direction="fwd", intensity=10.0, flops_per_second=1e11)
+    report.write_html(record(row(), kernel, row(provider="x", refused="y")), tmp_path / "page.html")
+    command = (
+        f"chromium --headless --no-sandbox --disable-gpu --enable-logging=stderr --user-data-dir={tmp_path}/profile"
+    )
+    options = ["--screenshot=" + str(tmp_path / "page.png"), (tmp_path / "page.html").as_uri()]
+    done = subprocess.run([*command.split(), *options], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr and (tmp_path / "page.png").stat().st_size > 10_000
 
 
 def test_readme_tables_come_from_the_record(tmp_path):
