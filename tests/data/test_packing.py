@@ -76,7 +76,7 @@ def test_a_batch_is_its_samples_masked_one_by_one(data, tokenizer):
         assert batch.input_ids[here].tolist() == ids.tolist()
         assert batch.token_type_ids[here].tolist() == pair.types.tolist()
         assert batch.positions[here].tolist() == list(range(len(ids)))
-        assert batch.nsp_labels[i] == pair.is_random
+        assert batch.nsp_labels[i] == pair.label
         rows.extend((borders[i] + chosen).tolist())
         labels.extend(originals.tolist())
     assert (batch.mlm_rows.tolist(), batch.mlm_labels.tolist()) == (rows, labels)

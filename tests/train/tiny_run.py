@@ -9,8 +9,9 @@ import torch
 
 from minibert.batch import pack
 from minibert.config import BertConfig
+from minibert.data import OBJECTIVES
 from minibert.model import BertForPreTraining, BertForSequenceClassification
-from minibert.train import TrainConfig, mean_over_sequences, pretraining_parts, train
+from minibert.train import TrainConfig, mean_over_sequences, train
 
 CONFIG = BertConfig(
     vocab_size=37,
@@ -20,6 +21,12 @@ CONFIG = BertConfig(
     intermediate_size=20,
     max_position_embeddings=16,
 )
+
+
+def pretraining_parts(batch):
+    return {f"{name}_loss": OBJECTIVES[name].count(batch) for name in ("mlm", "nsp")}
+
+
 KINDS = {
     "classification": (BertForSequenceClassification, mean_over_sequences),
     "pretraining": (BertForPreTraining, pretraining_parts),
