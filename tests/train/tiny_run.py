@@ -75,14 +75,31 @@ def make_config(**changes):
 
 
 def run(
-    run_dir, kind="classification", *, config=None, data=None, evaluate=None, model=None, resume=False, settings=None
+    run_dir,
+    kind="classification",
+    *,
+    config=None,
+    data=None,
+    evaluate=None,
+    model=None,
+    resume=False,
+    settings=None,
+    weights=None,
 ):
     """Train a fresh model, or the given one, and return it with the result."""
     model = make_model(kind) if model is None else model
     data = Stream(kind) if data is None else data
     parts = KINDS[kind][1]
     result = train(
-        model, data, evaluate, config or make_config(), run_dir, resume=resume, parts=parts, settings=settings
+        model,
+        data,
+        evaluate,
+        config or make_config(),
+        run_dir,
+        resume=resume,
+        parts=parts,
+        settings=settings,
+        weights=weights,
     )
     return model, result
 
