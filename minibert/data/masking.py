@@ -40,9 +40,9 @@ class Masker:
         is_continuation: bool [vocab_size], the pieces that continue a word; units are then words by default.
         unit: "token"; "word": a piece goes with the word it continues; "span": neighbours are chosen together, up to
             max_span of them (Joshi et al., 2020). The last word or span may exceed the number.
-        count: choose exactly so many tokens of a batch instead (Izsak et al., 2021, batches of one shape): first one
-            of every sample, then those that come first in theirs, relative to its length. The last word or span may
-            be cut; where there are fewer tokens, the surplus is row 0 with an ignored label.
+        count: choose exactly so many tokens of a batch instead (Geiping and Goldstein, 2023): first one of every
+            sample, then those that come first in theirs, relative to its length. The last word or span may be cut;
+            where there are fewer tokens, the surplus is row 0 with an ignored label.
         all_mask: every chosen token becomes [MASK].
     """
 
@@ -127,5 +127,5 @@ class Masker:
             return rows[key <= key[order[(first + wanted - 1)[segment]]]]
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order)) - first[segment[order]]
-        turn = np.where(rank == 0, -1.0, rank / candidates[segment])
-        return np.sort(rows[np.argsort(turn, kind="stable")[: self.count]])
+        turns = np.argsort(rank / candidates[segment], kind="stable")
+        return np.sort(rows[turns[: self.count]])
