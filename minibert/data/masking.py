@@ -3,7 +3,7 @@
 Of each sample a fixed share of the tokens is chosen, or of a batch a fixed number: those with the smallest random keys.
 80 % of them become [MASK], 10 % a random token, 10 % stay; or all become [MASK]. Every draw is keyed on (seed, epoch,
 sample, position), so it is the same in whatever batch the sample sits. `minibert_kernels.mlm_mask` does the same on the
-device, bit for bit, but for the last choice.
+device, bit for bit, except that it has no `all_mask`.
 """
 
 from collections.abc import Sequence
