@@ -120,7 +120,7 @@ def _read_config(raw: dict) -> BertConfig:
         raise ValueError(f"hidden_act={activation!r} is not one of {', '.join(ACTIVATIONS)}")
     known = set(BertConfig().to_dict()) - (set() if kind == "minibert" else set(SLOTS))
     values = {key: value for key, value in raw.items() if key in known and key not in ("id2label", "causal")}
-    values["causal"] = raw.get("is_decoder", False)
+    values["causal"] = raw.get("is_decoder") or False
     if values.get("pad_token_id", 0) is None:
         del values["pad_token_id"]
     return BertConfig(**values | {"hidden_act": ACTIVATIONS[activation], "id2label": _read_labels(raw)})
