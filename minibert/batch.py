@@ -20,8 +20,10 @@ class Batch:
     cu_seqlens: [B + 1] int32, sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1].
     lengths: B host integers.
     seq_ids: [B] int64, names each sequence whatever batch it sits in: dropout is keyed on it.
-    mlm_rows, mlm_labels: [M] int64, the tokens to predict and what they were.
+    mlm_rows, mlm_labels: [M] int64, the rows to predict a token from, and that token: what was masked there, or, of a
+        causal model, what comes next.
     nsp_labels: [B] int64, 0 where B follows A, 1 where it is random (Hugging Face's order).
+    sop_labels: [B] int64, 0 where B follows A, 1 where A follows B.
     labels: [B] int64 classes, [B] float targets (regression) or [B, num_labels] float (multi-label).
     """
 
@@ -34,6 +36,7 @@ class Batch:
     mlm_rows: Tensor | None = None
     mlm_labels: Tensor | None = None
     nsp_labels: Tensor | None = None
+    sop_labels: Tensor | None = None
     labels: Tensor | None = None
 
     def __post_init__(self):
@@ -82,7 +85,7 @@ def pack(
         sequences: B lists or arrays of ids; an empty one is allowed.
         token_type_ids: the same shape, or None for all zero.
         seq_ids: B integers that name the sequences; 0, 1, 2, … where None.
-        targets: mlm_rows, mlm_labels, nsp_labels or labels, passed through.
+        targets: mlm_rows, mlm_labels, nsp_labels, sop_labels or labels, passed through.
     Raises:
         ValueError: token_type_ids or seq_ids do not fit the sequences.
     """

@@ -18,7 +18,8 @@ class BertConfig:
     """A BERT encoder (Devlin et al., 2019). Field names are Hugging Face's wherever the field exists there.
 
     The slots `norm`, `ffn`, `position` and `block` name an entry of the tables `NORMS`, `FFNS`, `POSITIONS` and
-    `BLOCKS` in `minibert.model`; entries added there by other code are accepted too.
+    `BLOCKS` in `minibert.model`; entries added there by other code are accepted too. With `causal`, a token sees none
+    that comes after it: Hugging Face's is_decoder, without cross-attention.
     Raises ValueError, naming field, value and what is expected.
     """
 
@@ -37,6 +38,7 @@ class BertConfig:
     initializer_range: float = 0.02
     pad_token_id: int = 0
     tie_word_embeddings: bool = True
+    causal: bool = False
     norm: str = "layernorm"
     ffn: str = "mlp"
     position: str = "learned"
@@ -68,8 +70,9 @@ class BertConfig:
             )
         if type(self.pad_token_id) is not int or not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id={self.pad_token_id!r} is not in [0, vocab_size={self.vocab_size})")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings={self.tie_word_embeddings!r} is not true or false")
+        for name in ("tie_word_embeddings", "causal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not true or false")
         one_of("hidden_act", self.hidden_act, get_args(Activation))
         if self.problem_type is not None:
             one_of("problem_type", self.problem_type, get_args(ProblemType))

@@ -111,16 +111,16 @@ def _read_config(raw: dict) -> BertConfig:
         raise ValueError(f"model_type={kind!r} is not bert")
     if raw.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"position_embedding_type={raw['position_embedding_type']!r} is not supported: only absolute")
-    for name in ("is_decoder", "add_cross_attention"):
-        if raw.get(name):
-            raise ValueError(f"{name}=true is not supported: minibert is an encoder")
+    if raw.get("add_cross_attention"):
+        raise ValueError("add_cross_attention=true is not supported: minibert has no encoder to attend to")
     if "hidden_size" not in raw or "num_hidden_layers" not in raw:
         raise ValueError("hidden_size or num_hidden_layers is missing: not a BERT configuration")
     activation = raw.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise ValueError(f"hidden_act={activation!r} is not one of {', '.join(ACTIVATIONS)}")
     known = set(BertConfig().to_dict()) - (set() if kind == "minibert" else set(SLOTS))
-    values = {key: value for key, value in raw.items() if key in known and key != "id2label"}
+    values = {key: value for key, value in raw.items() if key in known and key not in ("id2label", "causal")}
+    values["causal"] = raw.get("is_decoder") or False
     if values.get("pad_token_id", 0) is None:
         del values["pad_token_id"]
     return BertConfig(**values | {"hidden_act": ACTIVATIONS[activation], "id2label": _read_labels(raw)})
@@ -314,6 +314,9 @@ def hf_config(config: BertConfig, architecture: str) -> dict[str, Any]:
     values = config.to_dict()
     slots = {name: values.pop(name) for name in SLOTS}
     labels = values.pop("id2label")
+    if values.pop("causal"):
+        values["is_decoder"] = True
+        architecture = "BertLMHeadModel" if architecture == "BertForMaskedLM" else architecture
     values["hidden_act"] = "gelu_pytorch_tanh" if config.hidden_act == "gelu_tanh" else config.hidden_act
     extra = {
         "architectures": [architecture],

@@ -299,7 +299,7 @@ def test_labels_of_a_config_keep_their_order(tmp_path):
             config_file(position_embedding_type="relative_key"),
             "position_embedding_type='relative_key' is not supported",
         ),
-        (config_file(is_decoder=True), "is_decoder=true is not supported"),
+        (config_file(is_decoder=True, add_cross_attention=True), "add_cross_attention=true is not supported"),
         (config_file(hidden_act="relu"), "hidden_act='relu' is not one of gelu, gelu_new"),
         (config_file(hidden_size=770, num_attention_heads=12), "hidden_size=770 is not divisible"),
         (config_file(hidden_size="24"), "hidden_size='24' is not a positive whole number"),

@@ -24,6 +24,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "evaluate": classification.evaluate,
     "predict": classification.predict,
     "fill-mask": pretraining.fill_mask,
+    "generate": pretraining.generate,
     "parity": weights.parity,
     "convert": weights.convert,
     "profile": profiling.profile,

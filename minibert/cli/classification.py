@@ -26,7 +26,8 @@ from ..data.tasks import (
     split_examples,
 )
 from ..data.tokenizer import Tokenizer
-from ..model import BertForPreTraining, BertForSequenceClassification
+from ..hub import load_config
+from ..model import BertForSequenceClassification
 from ..tasks import pretraining
 from ..tasks.classification import evaluate as measure
 from ..tasks.classification import kind_of
@@ -35,7 +36,9 @@ from ..train import TrainConfig, claim
 from ..train import train as fit
 from .common import (
     check_backend,
+    check_causal,
     check_fractions,
+    language_model,
     load,
     model_kind,
     open_store,
@@ -229,6 +232,9 @@ def evaluate(
     backend: Backend = "auto",
     allow_pickle: Pickle = False,
     json: Json = False,
+    objectives: Annotated[
+        list[str], "of a pretrained model; by default clm of a causal one, else mlm, and nsp where there is its head"
+    ] = [],  # noqa: B006
 ) -> None:
     """Measure a model on labelled examples, or a pretrained one on text.
 
@@ -246,23 +252,29 @@ def evaluate(
         labels = encode_labels(examples, kind_of(network), network.config.id2label)
         result = measure(network, LabelledData(*encoded, labels, batch_size=batch_size, seed=seed))
     else:
-        network = load(BertForPreTraining, source, device, backend, allow_pickle)
+        network = load(language_model(load_config(source)), source, device, backend, allow_pickle)
         if any(name.startswith("mlm.") for name in network.new_parameters):
             raise ValueError(f"{source} has neither a classifier nor a masked-language-model head: nothing to evaluate")
-        result = evaluate_on_text(network, source, data, text_column or "text", seed, device)
+        result = evaluate_on_text(network, source, data, text_column or "text", seed, device, objectives)
     print_result(result, json)
 
 
-def evaluate_on_text(network, source: Path, data: list[str], text_column: str, seed: int, device: str) -> dict:
-    """Masked accuracy and, where the model has that head, next-sentence accuracy on a token store or on text."""
-    nsp = not any(name.startswith("nsp.") for name in network.new_parameters)
+def evaluate_on_text(
+    network, source: Path, data: list[str], text_column: str, seed: int, device: str, objectives: list[str]
+) -> dict:
+    """The numbers of the objectives, or of those that the model has heads for, on a token store or on text."""
+    pairs = not network.config.causal and not any(name.startswith("nsp.") for name in network.new_parameters)
+    chosen = objectives or (["clm"] if network.config.causal else ["mlm", "nsp"] if pairs else ["mlm"])
+    check_causal(network.config, chosen)
+    if not pairs and {"nsp", "sop"} & set(chosen):
+        raise ValueError(f"{source} has no head for pairs: leave nsp and sop out of the objectives")
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(data, Path(folder) / "data", str(source), {"text_column": text_column})
         length = min(128, network.config.max_position_embeddings)
-        if nsp and store.num_documents < 2:
+        if not objectives and "nsp" in chosen and store.num_documents < 2:
             say("one document has no other to draw random pairs from: next-sentence prediction is left out")
-            nsp = False
-        samples = PretrainingData(store, store.tokenizer, seed=seed, max_length=length, nsp=nsp)
+            chosen = ["mlm"]
+        samples = PretrainingData(store, store.tokenizer, seed=seed, max_length=length, objectives=chosen)
         return pretraining.evaluate(network, samples.evaluation_batches(), device)
 
 

@@ -14,10 +14,12 @@ from rich.table import Column, Table
 from minibert_kernels.dispatch import use_triton
 
 from .. import hub
+from ..config import BertConfig
 from ..data import TokenStore, build_store, read_documents
+from ..data.objectives import check_objectives
 from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
-from ..model import MODELS
+from ..model import MODELS, BertForMaskedLM, BertForPreTraining
 from ..train import Run, best, check_device, latest
 
 say = Console(stderr=True, highlight=False, soft_wrap=True).print
@@ -69,6 +71,17 @@ def load(kind: type, source: Path, device: str, backend: str, allow_pickle: bool
 def model_kind(source: Path, allow_pickle: bool) -> type:
     """The model class with the most heads that a directory has weights for."""
     return MODELS[hub.architecture(source, allow_pickle)]
+
+
+def language_model(config: BertConfig) -> type:
+    """The model class that is pretrained, and read afterwards."""
+    return BertForMaskedLM if config.causal else BertForPreTraining
+
+
+def check_causal(config: BertConfig, objectives: list[str]) -> None:
+    """Refuse a model whose attention is not what the objectives need."""
+    if config.causal != any(kind.causal for kind in check_objectives(objectives)):
+        raise ValueError(f"causal={config.causal} does not fit the objectives {', '.join(objectives)}")
 
 
 def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: str) -> Tokenizer:

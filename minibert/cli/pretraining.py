@@ -1,4 +1,4 @@
-"""Verbs on unlabelled text: tokenizer, prepare, pretrain, fill-mask."""
+"""Verbs on unlabelled text: tokenizer, prepare, pretrain, fill-mask, generate."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,16 +7,20 @@ import numpy as np
 import torch
 
 from ..config import PRESETS, BertConfig
-from ..data import PretrainingData, TokenStore, build_store, split_documents
+from ..data import OBJECTIVES, PretrainingData, TokenStore, build_store, split_documents
+from ..data.masking import UNITS, check_masking
+from ..data.objectives import check_objectives
 from ..data.tokenizer import Tokenizer
 from ..hub import load_config
-from ..model import BertForPreTraining
+from ..model import BertForMaskedLM, BertForPreTraining
 from ..tasks import pretraining as task
-from ..train import TrainConfig, claim, pretraining_parts, train
+from ..train import TrainConfig, claim, train
 from .common import (
     check_backend,
+    check_causal,
     check_fractions,
     describe,
+    language_model,
     load,
     open_store,
     pick,
@@ -117,9 +121,15 @@ def pretrain(
     steps: Annotated[int, "optimizer steps"] = 1000,
     batch_tokens: Annotated[int, "tokens of a batch"] = 4096,
     max_length: Annotated[int, "tokens of a sample, at most"] = 128,
+    objectives: Annotated[list[str], f"what is learned: {', '.join(OBJECTIVES)}"] = ["mlm", "nsp"],  # noqa: B006
+    weights: Annotated[dict[str, float], "of their losses in the sum, as --weights.nsp 0.5"] = {},  # noqa: B006
+    nsp: Annotated[bool, "nsp is among the objectives; --no-nsp leaves it out"] = True,
     mask_rate: Annotated[float, "share of the tokens to predict"] = 0.15,
-    whole_word: Annotated[bool, "mask all pieces of a word together"] = False,
-    nsp: Annotated[bool, "predict the next sentence, too"] = True,
+    mask_unit: Annotated[str, f"what is masked as a whole: {', '.join(UNITS)}"] = "token",
+    whole_word: Annotated[bool, "short for --mask-unit word"] = False,
+    max_span: Annotated[int, "tokens of a span, at most"] = 10,
+    mask_count: Annotated[int | None, "predict exactly so many tokens of a batch, instead of a share"] = None,
+    all_mask: Annotated[bool, "replace every one by [MASK], instead of 80, 10, 10 %"] = False,
     valid_fraction: Annotated[float, "share of the documents held out"] = 0.05,
     lr: Lr = 1e-3,
     warmup: Warmup = 0.1,
@@ -138,11 +148,13 @@ def pretrain(
     resume: Resume = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Pretrain with masked language model and next-sentence prediction.
+    """Pretrain: masked language model and next-sentence prediction, or other objectives.
 
-    Example: minibert pretrain --data corpus/ --model bert-tiny --steps 300 --out runs/tiny
+    Example: minibert pretrain --data corpus/ --model bert-tiny --steps 300 --out runs/tiny --objectives mlm sop
     """
     options = dict(locals())
+    objectives = [name for name in objectives if nsp or name != "nsp"]
+    causal = any(kind.causal for kind in check_objectives(objectives, weights))
     config = TrainConfig(
         **pick(options, "steps lr warmup weight_decay clip accumulate seed dtype"),
         **pick(options, "eval_every eval_batches save_every keep_last log_every"),
@@ -150,12 +162,17 @@ def pretrain(
         best_metric="loss",
     )
     check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
+    if whole_word and mask_unit == "span":
+        raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
+    check_masking(mask_rate, mask_unit, max_span, mask_count)
     check_backend(backend, config.device)
     start = resolve_model(init) if init else None
     # refused before anything is read or written
+    arch = {"causal": causal} | arch
     planned = load_config(start).replace(**arch) if start else BertConfig.preset(model, **arch)
+    check_causal(planned, objectives)
     with torch.device("meta"):
-        BertForPreTraining(planned)  # unknown parts, too
+        language_model(planned)(planned)  # unknown parts, too
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens} is not positive")
     if max_length < SHORTEST:
@@ -164,21 +181,25 @@ def pretrain(
         raise ValueError(f"max_length={max_length} exceeds max_position_embeddings={planned.max_position_embeddings}")
     with claim(out, resume) as run:
         store = open_store(data, run.path / "data", tokenizer or (start and str(start)), options)
-        samples = pick(options, "seed batch_tokens max_length mask_rate nsp whole_word")
-        parts = split_documents(store.num_documents, valid_fraction, seed, at_least=2 if nsp else 1)
+        samples = pick(options, "seed batch_tokens max_length mask_rate mask_unit whole_word")
+        samples |= pick(options, "max_span mask_count all_mask") | {"objectives": objectives}
+        parts = split_documents(store.num_documents, valid_fraction, seed, at_least=2 if "nsp" in objectives else 1)
         learned, held_out = (PretrainingData(store, store.tokenizer, documents=part, **samples) for part in parts)
-        network = new_network(options, start, store.tokenizer)
+        network = new_network(options | {"arch": arch}, start, store.tokenizer, language_model(planned))
         commonest = commonest_token(store, parts[0])
         save_options(run, "pretrain", options)
         say(f"{describe(store)}; {len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
         result = train(
             network,
             learned,
-            lambda network, limit: task.evaluate(network, held_out.evaluation_batches(limit), config.device, commonest),
+            lambda network, limit: task.evaluate(
+                network, held_out.evaluation_batches(limit), config.device, commonest, weights
+            ),
             config,
             run,
             store.tokenizer,
-            parts=pretraining_parts,
+            parts=learned.parts,
+            weights={f"{name}_loss": weight for name, weight in weights.items()},
             settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(store)},
         )
     print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
@@ -197,19 +218,17 @@ def commonest_token(store: TokenStore, documents: np.ndarray) -> int:
     return int(counts.argmax())
 
 
-def new_network(options: dict, start: Path | None, tokenizer: Tokenizer) -> BertForPreTraining:
+def new_network(options: dict, start: Path | None, tokenizer: Tokenizer, kind: type) -> torch.nn.Module:
     """The network of `pretrain`: a preset that fits the tokenizer, or the weights of `start`."""
     torch.manual_seed(options["seed"])
     backend = options["backend"]
     if start is None:
         vocabulary = {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_token_id}
         config = BertConfig.preset(options["model"], **vocabulary | options["arch"])
-        network = BertForPreTraining(config, backend=backend)
+        network = kind(config, backend=backend)
     else:
         allow_pickle = options["allow_pickle"]
-        network = BertForPreTraining.from_pretrained(
-            start, backend=backend, allow_pickle=allow_pickle, **options["arch"]
-        )
+        network = kind.from_pretrained(start, backend=backend, allow_pickle=allow_pickle, **options["arch"])
         say(f"new parameters: {', '.join(network.new_parameters) or 'none'}")
     if tokenizer.vocab_size > network.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, vocab_size={network.config.vocab_size}")
@@ -236,6 +255,8 @@ def fill_mask(
     if top < 1:
         raise ValueError(f"top={top} is not positive")
     source = resolve_model(model)
+    if load_config(source).causal:
+        raise ValueError(f"{source} is causal: continue a text with it, by minibert generate")
     network = load(BertForPreTraining, source, resolve_device(device), backend, allow_pickle)
     if any(name.startswith("mlm.") for name in network.new_parameters):
         raise ValueError(f"{source} has no masked-language-model head: pretrain it first")
@@ -245,3 +266,39 @@ def fill_mask(
         return
     for answer in answers:
         print("  ".join(f"{entry['token']} {entry['probability']:.3f}" for entry in answer))
+
+
+def generate(
+    text: Annotated[list[str], "texts to continue"],
+    /,
+    *,
+    model: Directory,
+    max_new_tokens: Annotated[int, "tokens to add, at most"] = 32,
+    temperature: Annotated[float, "below 1 the likely gets likelier; 0 takes the likeliest"] = 1.0,
+    top_k: Annotated[int | None, "draw among so many likeliest tokens; None for all"] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    allow_pickle: Pickle = False,
+    json: Json = False,
+) -> None:
+    """Continue a text with a causal model, one that was pretrained with --objectives clm.
+
+    Example: minibert generate --model runs/causal "The statement returns" --max-new-tokens 20 --top-k 10
+    """
+    if not text:
+        raise ValueError("give at least one text to continue")
+    source = resolve_model(model)
+    if not load_config(source).causal:
+        raise ValueError(f"{source} is not causal: pretrain it with --objectives clm")
+    network = load(BertForMaskedLM, source, resolve_device(device), backend, allow_pickle)
+    if network.new_parameters:
+        raise ValueError(f"{source} has no language-model head: pretrain it first")
+    tokenizer = Tokenizer.from_pretrained(source)
+    drawn = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "seed": seed}
+    answers = [task.generate(network, tokenizer, one, **drawn) for one in text]
+    if json:
+        print_json({"texts": answers})
+        return
+    for answer in answers:
+        print(answer)

@@ -1,11 +1,13 @@
 """Text to packed, masked batches: documents, sentences, tokens, a store on disk, and samples drawn from counters."""
 
+from .objectives import OBJECTIVES
 from .packing import PretrainingData
 from .store import TokenStore, build_store, split_documents
 from .text import read_documents, split_sentences
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "OBJECTIVES",
     "PretrainingData",
     "TokenStore",
     "Tokenizer",

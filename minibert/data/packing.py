@@ -8,7 +8,7 @@ import torch
 from minibert_kernels.philox import fold, philox
 
 from ..batch import Batch, pack
-from .masking import Masker
+from .objectives import check_objectives
 from .pairs import PairSampler, Plan
 from .store import TokenStore
 from .tokenizer import Tokenizer
@@ -48,7 +48,9 @@ class PretrainingData:
         tokenizer: the one that the store was built with.
         documents: ids of the documents to use, all by default (see `split_documents`).
         max_length: the most tokens of a sample. batch_tokens: the most of a batch, which always has a sample.
-        mask_rate, whole_word: see `Masker`. nsp: pairs or single segments, see `PairSampler`.
+        objectives: keys of `OBJECTIVES` that go together. nsp: leave nsp out of them, where it is false.
+        mask_rate, mask_unit, max_span, mask_count, all_mask: see `Masker`. whole_word: short for mask_unit="word".
+        short_prob: see `PairSampler`.
     Raises:
         ValueError: the store was built with another tokenizer, or an option out of range.
     """
@@ -62,30 +64,36 @@ class PretrainingData:
         seed: int = 0,
         max_length: int = 128,
         batch_tokens: int = 4096,
-        mask_rate: float = 0.15,
+        objectives: Sequence[str] = ("mlm", "nsp"),
         nsp: bool = True,
+        mask_rate: float = 0.15,
+        mask_unit: str = "token",
         whole_word: bool = False,
+        max_span: int = 10,
+        mask_count: int | None = None,
+        all_mask: bool = False,
         short_prob: float = 0.1,
     ):
         if store.meta["tokenizer_hash"] != tokenizer.hash:
             raise ValueError(f"{store.path} was built with another tokenizer: build the store again")
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens={batch_tokens} is not positive")
-        self.seed, self.batch_tokens, self.nsp = seed, batch_tokens, nsp
-        self.sampler = PairSampler(store, seed, max_length, nsp, short_prob, documents, tokenizer)
-        self._mask = Masker(
-            seed,
-            rate=mask_rate,
-            mask_id=tokenizer.mask_token_id,
-            vocab_size=tokenizer.vocab_size,
-            special_ids=tokenizer.special_ids,
-            is_continuation=tokenizer.is_continuation if whole_word else None,
-        )
+        self.seed, self.batch_tokens = seed, batch_tokens
+        kinds = check_objectives([name for name in objectives if nsp or name != "nsp"])
+        pairs = next((kind.pairs for kind in kinds if kind.pairs), None)
+        self.sampler = PairSampler(store, seed, max_length, pairs, short_prob, documents, tokenizer)
+        unit = "word" if whole_word else mask_unit
+        masking = {"rate": mask_rate, "unit": unit, "max_span": max_span, "count": mask_count, "all_mask": all_mask}
+        self.objectives = [kind(seed, tokenizer, masking) for kind in kinds]
         self._window = (0, 0, None)  # planned stretch of the stream: first and last cursor, and its rows
 
     def __len__(self) -> int:
         """Samples of an epoch."""
         return len(self.sampler)
+
+    def parts(self, batch: Batch) -> dict[str, int]:
+        """The losses of a batch, and over how many labels each is a mean; for `minibert.train.train`."""
+        return {f"{objective.name}_loss": objective.count(batch) for objective in self.objectives}
 
     def next_batch(self, cursor: int) -> tuple[Batch, int]:
         """The batch that begins at sample `cursor` of the stream, and the cursor behind it."""
@@ -137,9 +145,9 @@ class PretrainingData:
 
     def _build(self, epoch, index, plan: Plan, seq_ids: np.ndarray) -> Batch:
         ids, types = self.sampler.gather(plan)
-        ids, rows, labels = self._mask(ids, plan.sizes, epoch, index)
+        targets = {}
+        for objective in self.objectives:
+            ids, made = objective(ids, plan, epoch, index)
+            targets |= {name: torch.from_numpy(values) for name, values in made.items()}
         borders = np.cumsum(plan.sizes)[:-1]
-        targets = {"mlm_rows": torch.from_numpy(rows), "mlm_labels": torch.from_numpy(labels)}
-        if self.nsp:
-            targets["nsp_labels"] = torch.from_numpy(plan.is_random)
         return pack(np.split(ids, borders), np.split(types, borders), seq_ids=seq_ids, **targets)

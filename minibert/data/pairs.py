@@ -1,13 +1,17 @@
-"""Next-sentence pairs (Devlin et al., 2019, appendix A.2), as a pure function of (seed, epoch, index).
+"""Samples of one segment or of two, as a pure function of (seed, epoch, index).
 
 Each document is cut, once, into chunks: sentences are collected until a target length is reached, which is max_length
-less the special tokens or, with probability `short_prob`, a random smaller one. When a chunk is read, it is split
-between two of its sentences into A and B; for half of the samples B is replaced by text from another document. What is
-too long is cut from the longer of the two, at its front or back.
+less the special tokens or, with probability `short_prob`, a random smaller one. When a chunk is read for pairs, it is
+split between two of its sentences into A and B. What is too long is cut from the longer of the two, at its front or
+back. In half of the samples, drawn by a coin,
+
+    nsp  B is replaced by text from another document (Devlin et al., 2019, appendix A.2)
+    sop  A and B change places (Lan et al., 2020, section 3.1)
 
 Deviations: BERT reads the sentences again that a random B replaced, here they come back in another epoch, with another
 draw; and a chunk of one sentence can only become A with a random B, so the others get a random B a little less often,
-which keeps the share at one half wherever no more than half of the chunks are single sentences.
+which keeps the share at one half wherever no more than half of the chunks are single sentences. ALBERT gives such a
+chunk a random B too, and calls the pair swapped; here it is split in its middle, and one token alone has no label.
 """
 
 from collections.abc import Sequence
@@ -18,33 +22,37 @@ import numpy as np
 
 from minibert_kernels.philox import fold, philox
 
+from ..batch import IGNORE
+from ..config import one_of
 from .store import TokenStore
 from .tokenizer import Tokenizer
 
 SHORT, PAIR, CUT = range(3)  # what is drawn
+KINDS = ("nsp", "sop")
 
 
 class Pair(NamedTuple):
-    """One sample: ids [n] as [CLS] A [SEP] B [SEP], types [n], and whether B is random (0 or 1; 0 without B)."""
+    """One sample: ids [n] as [CLS] A [SEP] B [SEP], types [n], and its label, as in `Plan`."""
 
     ids: np.ndarray
     types: np.ndarray
-    is_random: int
+    label: int
 
 
 @dataclass(frozen=True)
 class Plan:
     """Where k samples lie in the store: segment j of sample i is tokens[start[i, j] : start[i, j] + length[i, j]].
 
-    start, length: [k, 2] int64, or [k, 1] without pairs. is_random: [k] int64.
+    start, length: [k, 2] int64, or [k, 1] without pairs.
+    label: [k] int64, 0 where B follows A, or there is no pair; 1 where B is random or A and B are swapped.
     """
 
     start: np.ndarray
     length: np.ndarray
-    is_random: np.ndarray
+    label: np.ndarray
 
     def __getitem__(self, rows) -> "Plan":
-        return Plan(self.start[rows], self.length[rows], self.is_random[rows])
+        return Plan(self.start[rows], self.length[rows], self.label[rows])
 
     @property
     def sizes(self) -> np.ndarray:
@@ -57,7 +65,7 @@ class PairSampler:
 
     Args:
         max_length: the most tokens a sample may have, special tokens included.
-        nsp: pairs; otherwise single segments [CLS] A [SEP] of whole sentences of one document.
+        pairs: "nsp" or "sop"; None for single segments [CLS] A [SEP] of whole sentences of one document.
         short_prob: how often a chunk has a random smaller target.
         documents: ids to sample from, all by default.
     Raises:
@@ -69,12 +77,14 @@ class PairSampler:
         store: TokenStore,
         seed: int,
         max_length: int = 128,
-        nsp: bool = True,
+        pairs: str | None = "nsp",
         short_prob: float = 0.1,
         documents: Sequence[int] | None = None,
         tokenizer: Tokenizer | None = None,
     ):
-        segments = 2 if nsp else 1
+        if pairs is not None:
+            one_of("pairs", pairs, KINDS)
+        segments = 2 if pairs else 1
         self.room = max_length - segments - 1  # tokens of text
         if self.room < segments:
             raise ValueError(f"max_length={max_length} is too short: {segments + 1} are special tokens")
@@ -83,11 +93,11 @@ class PairSampler:
         documents = np.arange(store.num_documents) if documents is None else np.unique(np.asarray(documents, np.int64))
         if len(documents) < 1 or documents[0] < 0 or documents[-1] >= store.num_documents:
             raise ValueError(f"documents must name some of the {store.num_documents} in the store")
-        if nsp and len(documents) < 2:
-            raise ValueError("next-sentence pairs need two documents or more: add documents, or use nsp=False")
+        if pairs == "nsp" and len(documents) < 2:
+            raise ValueError("next-sentence pairs need two documents or more: add documents, or leave nsp out")
         tokenizer = tokenizer or store.tokenizer
         self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.store, self.seed, self.nsp = store, seed, nsp
+        self.store, self.seed, self.pairs = store, seed, pairs
         self._pieces, first, last = _cut_long_sentences(store, documents, self.room)
         self._first, self._last = first, last  # pieces of each document
         self._chunks(short_prob)
@@ -98,15 +108,22 @@ class PairSampler:
     def __call__(self, epoch: int, index: int) -> Pair:
         plan = self.plan(np.array([epoch]), np.array([index]))
         ids, types = self.gather(plan)
-        return Pair(ids, types, int(plan.is_random[0]))
+        return Pair(ids, types, int(plan.label[0]))
 
     def plan(self, epoch: np.ndarray, index: np.ndarray) -> Plan:
         """The samples (epoch[i], index[i]); [k] int64 each. Every row depends on its own numbers alone."""
+        first, last = self._pieces[self._start[index]], self._pieces[self._end[index]]
+        if self.pairs is None:
+            return Plan(first[:, None], (last - first)[:, None], np.zeros_like(first))
+        draws = self._draw(PAIR, epoch, index)
+        start, length, label = (self._next_sentence if self.pairs == "nsp" else self._sentence_order)(index, *draws)
+        kept = _truncate(length, self.room)
+        cut_front = np.stack(self._draw(CUT, epoch, index)[:2], 1) & 1
+        return Plan(start + cut_front * (length - kept), kept, label)
+
+    def _next_sentence(self, index, coin, split, other, place):
+        """start [k, 2], length [k, 2] and label [k]: B follows A, or comes from another document."""
         start, end = self._start[index], self._end[index]
-        if not self.nsp:
-            offset = self._pieces[start]
-            return Plan(offset[:, None], (self._pieces[end] - offset)[:, None], np.zeros_like(start))
-        coin, split, other, place = self._draw(PAIR, epoch, index)
         count = end - start
         is_random = (count == 1) | (coin < self._random_below)
         middle = start + 1 + _below(split, np.maximum(count - 1, 1))
@@ -118,10 +135,20 @@ class PairSampler:
         wanted = self._pieces[b_first] + np.maximum(self._target[index] - a_length, 1)
         b_last = np.where(is_random, np.minimum(np.searchsorted(self._pieces, wanted), last), end)
         b, b_length = self._pieces[b_first], self._pieces[b_last] - self._pieces[b_first]
-        length = np.stack([a_length, b_length], 1)
-        kept = _truncate(length, self.room)
-        cut_front = np.stack(self._draw(CUT, epoch, index)[:2], 1) & 1
-        return Plan(np.stack([a, b], 1) + cut_front * (length - kept), kept, is_random.astype(np.int64))
+        return np.stack([a, b], 1), np.stack([a_length, b_length], 1), is_random.astype(np.int64)
+
+    def _sentence_order(self, index, coin, split, *_):
+        """start [k, 2], length [k, 2] and label [k]: B follows A, or A follows B."""
+        start, end = self._start[index], self._end[index]
+        count = end - start
+        first, last = self._pieces[start], self._pieces[end]
+        border = self._pieces[start + 1 + _below(split, np.maximum(count - 1, 1))]
+        middle = np.where(count == 1, (first + last + 1) // 2, border)
+        begins, length = np.stack([first, middle], 1), np.stack([middle - first, last - middle], 1)
+        swapped = coin < 2**31
+        flip = swapped[:, None]
+        label = np.where(last - first > 1, swapped, IGNORE)
+        return np.where(flip, begins[:, ::-1], begins), np.where(flip, length[:, ::-1], length), label
 
     def gather(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """The token ids and types of a plan's samples, end to end: [sum of plan.sizes] int64 each."""
@@ -155,7 +182,7 @@ class PairSampler:
             target = np.where(short, 2 + _below(size, np.full_like(start, max(self.room - 1, 1))), self.room)
             target = np.minimum(target, self.room)
             wanted = self._pieces[start] + target
-            if self.nsp:  # the sentence that reaches the target is taken, and cut when read
+            if self.pairs:  # the sentence that reaches the target is taken, and cut when read
                 end = np.searchsorted(self._pieces, wanted)
             else:
                 end = np.maximum(np.searchsorted(self._pieces, wanted, side="right") - 1, start + 1)

@@ -11,12 +11,12 @@ from .position import Position
 
 
 class Attention(nn.Module):
-    """[T, D] to [T, D]; every token attends to the tokens of its own sequence."""
+    """[T, D] to [T, D]; every token attends to the tokens of its own sequence, to earlier ones and itself if causal."""
 
     def __init__(self, config: BertConfig, site: int):
         super().__init__()
         self.num_heads, self.site = config.num_attention_heads, site
-        self.dropout = config.attention_probs_dropout_prob
+        self.dropout, self.causal = config.attention_probs_dropout_prob, config.causal
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -27,10 +27,12 @@ class Attention(nn.Module):
         q, k = position.rotate(q, k, batch)
         bias = position.score_bias(batch)
         if maps is not None:
-            maps.append(attention_probs(q, k, batch.cu_seqlens, batch.max_seqlen, score_bias=bias))
+            seen = {"score_bias": bias, "causal": self.causal}
+            maps.append(attention_probs(q, k, batch.cu_seqlens, batch.max_seqlen, **seen))
         drop = ctx.drop(self.dropout, self.site)
         out = attention(
             q, k, v, batch.cu_seqlens, batch.max_seqlen,
-            **drop, seq_ids=batch.seq_ids, score_bias=bias, schedule=ctx.schedule, backend=ctx.backend,
+            **drop, seq_ids=batch.seq_ids, causal=self.causal, score_bias=bias, schedule=ctx.schedule,
+            backend=ctx.backend,
         )  # fmt: skip
         return self.out(rearrange(out, "t h d -> t (h d)"))

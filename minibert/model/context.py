@@ -52,13 +52,20 @@ class Output:
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
-    # sums for whoever averages over batches: loss is a mean over `count`, correct is a number of predictions
+    # sums for whoever averages over batches: of `count` labels, loss is a mean over those that are not ignored, and
+    # correct is the number predicted
     mlm_loss: Tensor | None = None
     mlm_correct: Tensor | None = None
     mlm_count: int | None = None
     nsp_loss: Tensor | None = None
     nsp_correct: Tensor | None = None
     nsp_count: int | None = None
+    sop_loss: Tensor | None = None
+    sop_correct: Tensor | None = None
+    sop_count: int | None = None
+    clm_loss: Tensor | None = None
+    clm_correct: Tensor | None = None
+    clm_count: int | None = None
 
     def to_tuple(self) -> tuple:
         names = [field.name for field in fields(self)]

@@ -48,6 +48,10 @@ class Headed(Bert):
 
     def __init__(self, config: BertConfig, *, add_pooler: bool, backend: str):
         super().__init__()
+        if config.causal and add_pooler:
+            raise ValueError(
+                f"causal=True: {self.objective} reads [CLS], which sees no other token: use a BertForMaskedLM"
+            )
         self.config, self.backend = config, backend
         self.bert = BertModel(config, add_pooler=add_pooler, backend=backend)
 
@@ -64,9 +68,9 @@ class Headed(Bert):
 class BertForPreTraining(Headed):
     """Masked language model and next-sentence prediction (Devlin et al., 2019, section 3.1).
 
-    `loss` is the sum of the two means. Logits over all tokens and the whole vocabulary are made for the Hugging Face
-    call, as there, and for a packed batch without labels; `output_logits` says otherwise. Without them, only labelled
-    tokens meet the vocabulary.
+    `loss` is the sum of the two means. The next sentence's head learns a batch's `sop_labels`, too. Logits over all
+    tokens and the whole vocabulary are made for the Hugging Face call, as there, and for a packed batch without labels;
+    `output_logits` says otherwise. Without them, only labelled tokens meet the vocabulary.
     """
 
     objective = "BertForPreTraining"
@@ -94,29 +98,24 @@ class BertForPreTraining(Headed):
         output.seq_relationship_logits = self.nsp(encoded.pooler_output)
         losses = []
         if batch.mlm_rows is not None:
-            output.mlm_loss, output.mlm_correct = self.mlm.loss(x, ctx)
-            output.mlm_count = len(batch.mlm_rows)
-            losses.append(output.mlm_loss)
-        if batch.nsp_labels is not None:
-            self._score_pairs(output, batch)
-            losses.append(output.nsp_loss)
+            loss, correct = self.mlm.loss(x, ctx)
+            losses.append(record(output, "mlm", loss, correct, len(batch.mlm_rows)))
+        for name, labels in (("nsp", batch.nsp_labels), ("sop", batch.sop_labels)):
+            if labels is not None:
+                losses.append(score_pairs(output, name, labels))
         if losses:
             output.loss = sum(losses)
         if wants_logits(output_logits, batch, mask):
             output.prediction_logits = self.mlm(x, ctx)
         return output if mask is None else leave(output, mask)
 
-    def _score_pairs(self, output: Output, batch: Batch) -> None:
-        logits, labels = output.seq_relationship_logits, batch.nsp_labels
-        check_shape("next_sentence_label", labels, logits[:, 0])
-        check_classes("next_sentence_label", labels, 2)
-        output.nsp_loss = cross_entropy(logits.float(), labels)
-        output.nsp_correct = (logits.argmax(-1) == labels).sum()
-        output.nsp_count = len(labels)
-
 
 class BertForMaskedLM(Headed):
-    """The masked language model alone; logits as in `BertForPreTraining`, under the name `logits`."""
+    """The masked language model alone; logits as in `BertForPreTraining`, under the name `logits`.
+
+    With a causal config it is Hugging Face's BertLMHeadModel, but for `labels`, which are not shifted here: what a
+    label stands at predicts it. Its sums are `clm_loss`, `clm_correct` and `clm_count`.
+    """
 
     objective = "BertForMaskedLM"
 
@@ -136,8 +135,9 @@ class BertForMaskedLM(Headed):
         ctx, encoded = self.encode(batch, seed, **wanted)
         output = Output(hidden_states=encoded.hidden_states, attentions=encoded.attentions)
         if batch.mlm_rows is not None:
-            output.loss, output.mlm_correct = self.mlm.loss(encoded.last_hidden_state, ctx)
-            output.mlm_loss, output.mlm_count = output.loss, len(batch.mlm_rows)
+            output.loss, correct = self.mlm.loss(encoded.last_hidden_state, ctx)
+            name = "clm" if self.config.causal else "mlm"
+            record(output, name, output.loss, correct, len(batch.mlm_rows))
         if wants_logits(output_logits, batch, mask):
             output.prediction_logits = self.mlm(encoded.last_hidden_state, ctx)
         if mask is not None:
@@ -180,9 +180,26 @@ class BertForSequenceClassification(Headed):
         return torch.where(keep, x * keep_scale(drop["dropout"]), 0)
 
 
+def score_pairs(output: Output, name: str, labels: Tensor) -> Tensor:
+    """The mean loss over the pairs of a batch; labels: [B], 0, 1 or ignored."""
+    logits, field = output.seq_relationship_logits, "next_sentence_label" if name == "nsp" else f"{name}_labels"
+    check_shape(field, labels, logits[:, 0])
+    check_classes(field, labels, 2)
+    loss, correct = cross_entropy(logits.float(), labels), (logits.argmax(-1) == labels).sum()
+    return record(output, name, loss, correct, len(labels))
+
+
+def record(output: Output, name: str, loss: Tensor, correct: Tensor, count: int) -> Tensor:
+    """Set the sums of an objective; returns its loss."""
+    for field, value in (("loss", loss), ("correct", correct), ("count", count)):
+        setattr(output, f"{name}_{field}", value)
+    return loss
+
+
 def wants_logits(asked: bool | None, batch: Batch, mask: Tensor | None) -> bool:
     """Logits over the vocabulary are the default, except for a packed batch with labels."""
-    return (mask is not None or batch.mlm_rows is None) if asked is None else asked
+    unlabelled = batch.mlm_rows is None and batch.nsp_labels is None and batch.sop_labels is None
+    return (mask is not None or unlabelled) if asked is None else asked
 
 
 def with_mlm_labels(batch: Batch, mask: Tensor | None, labels: Tensor | None, config: BertConfig) -> Batch:

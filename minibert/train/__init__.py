@@ -9,7 +9,6 @@ from .loop import (
     TrainConfig,
     check_device,
     mean_over_sequences,
-    pretraining_parts,
     train,
 )
 from .optim import OPTIMIZERS, Lamb, adamw, lamb, param_groups
@@ -35,7 +34,6 @@ __all__ = [
     "latest",
     "mean_over_sequences",
     "param_groups",
-    "pretraining_parts",
     "read_metrics",
     "train",
     "verify",

@@ -13,7 +13,7 @@ from ..files import write_atomically
 
 METRICS = "metrics.jsonl"
 TIMING_FIELDS = ("seconds", "tokens_per_second")  # the only fields that differ between two equal runs
-SHOWN = ("loss", "mlm_loss", "nsp_loss", "learning_rate", "tokens_per_second")
+SHOWN = ("loss", "mlm_loss", "nsp_loss", "sop_loss", "clm_loss", "learning_rate", "tokens_per_second")
 QUIET_SECONDS = 10.0
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from minibert_kernels.philox import fold
 
 from .. import __version__, hub
-from ..batch import IGNORE, Batch
+from ..batch import Batch
 from ..config import one_of
 from . import checkpoint
 from .checkpoint import Run, claim
@@ -155,12 +155,6 @@ def mean_over_sequences(batch: Batch) -> dict[str, int]:
     return {"loss": batch.num_sequences}
 
 
-def pretraining_parts(batch: Batch) -> dict[str, int]:
-    """`mlm_loss` is a mean over labelled tokens, `nsp_loss` one over pairs; a loss without labels is left out."""
-    labels = {"mlm_loss": batch.mlm_labels, "nsp_loss": batch.nsp_labels}
-    return {name: int((value != IGNORE).sum()) for name, value in labels.items() if value is not None}
-
-
 def train(
     model: nn.Module,
     data: Data,
@@ -171,6 +165,7 @@ def train(
     resume: bool = False,
     *,
     parts: Callable[[Batch], dict[str, int]] = mean_over_sequences,
+    weights: Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Result:
     """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
@@ -182,23 +177,28 @@ def train(
         run_dir: a directory, or the `Run` of a `claim` that the caller holds; then `resume` is the claim's.
         parts: the names of the model's losses, which are means, and over how many things of a batch each is one. The
             loss of a step is the sum of those means over all its micro-batches together: the same however it is cut.
+        weights: of the losses in that sum, 1 where a name is not in it; kept with the settings.
         settings: whatever else decides the result, in JSON's types: saved, and compared when the run resumes.
     Raises:
         ValueError: settings differ from those of the run to resume, or see `claim` and `checkpoint.latest`.
         NonFiniteError: a loss or gradient is not finite. Interrupted: a signal came. OSError: disk full and the like.
     """
     with contextlib.nullcontext(run_dir) if isinstance(run_dir, Run) else claim(run_dir, resume) as run:
-        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}).run()
+        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}, weights).run()
 
 
 class Trainer:
     """One run: model, optimizer, and what a checkpoint holds beside them (step, cursor, best, metrics)."""
 
-    def __init__(self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping):
+    def __init__(
+        self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping,
+        weights: Mapping[str, float] | None = None,
+    ):  # fmt: skip
         self.device = check_device(config.device)
         self.model, self.data, self.evaluate = model.to(self.device), data, evaluate
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
-        settings = {"model": model.config.to_dict(), **settings}
+        self.weights = dict(weights or {})
+        settings = {"model": model.config.to_dict(), "weights": self.weights, **settings}
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
         self.step = self.cursor = 0
@@ -269,7 +269,7 @@ class Trainer:
             with self._autocast():
                 output = self.model(batch.to(self.device), seed=seed)
             means = {name: getattr(output, name) for name in share}
-            sum(means[name] * share[name] for name in share).backward()
+            sum(means[name] * (share[name] * self.weights.get(name, 1.0)) for name in share).backward()
             losses += [mean.detach().float() for mean in means.values()]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
         return torch.stack([norm.float(), *losses])
@@ -296,7 +296,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        return {"step": self.step + 1, "loss": sum(means.values())} | means | {"learning_rate": lr, "grad_norm": norm}
+        loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
+        return {"step": self.step + 1, "loss": loss} | means | {"learning_rate": lr, "grad_norm": norm}
 
     def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
         ids = torch.cat([batch.seq_ids for batch in batches])

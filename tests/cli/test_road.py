@@ -126,6 +126,61 @@ def test_a_folder_with_train_dev_and_test_is_read_as_published(pretrained, tmp_p
     assert latest(out) is not None
 
 
+def test_a_causal_model_is_pretrained_continues_a_text_and_is_measured(corpus, tmp_path, capsys):
+    out = tmp_path / "causal"
+    command = f"pretrain --data {corpus} --out {out} --steps 40 --lr 1e-2 --vocab-size 300 --objectives clm"
+    command = f"{command} {TINY} --valid-fraction 0.2 --log-every 1".split()
+    assert main(command) == main([*command, "--resume"]) == 0
+    records = read_metrics(out / "metrics.jsonl")
+    assert records[-1]["clm_loss"] == records[-1]["loss"] < records[0]["clm_loss"] - 1
+    assert records[-1]["eval_clm_perplexity"] < 100
+    capsys.readouterr()
+    texts = []
+    for seed in (3, 3, 4):
+        arguments = ["generate", "--model", str(out), "--json", "--seed", str(seed), "--max-new-tokens", "9"]
+        assert main([*arguments, "The cat", "The dog"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["texts"])
+    assert texts[0] == texts[1] != texts[2]
+    assert [text[:7] for text in texts[0]] == ["the cat", "the dog"]
+    assert main(["generate", "--model", str(out), "--temperature", "0", "--max-new-tokens", "3", "the"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+    assert main(["evaluate", "--model", str(out), "--data", str(corpus), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"loss", "clm_loss", "clm_accuracy", "clm_perplexity", "best_constant_accuracy"} == set(result)
+    assert main(["convert", str(out), "--out", str(tmp_path / "hf")]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["is_decoder"] is True
+    for wrong, message in (
+        (f"fill-mask --model {out} [MASK]", "is causal: continue a text with it"),
+        (f"finetune --data {REVIEWS} --init {out} --out {tmp_path}/no", "causal=True: BertForSequenceClassification"),
+        (f"evaluate --model {out} --data {corpus} --objectives mlm", "causal=True does not fit the objectives mlm"),
+        (f"generate --model {out}", "give at least one text to continue"),
+        (f"generate --model {out} --max-new-tokens 600 the", "exceeds max_position_embeddings=512"),
+    ):
+        assert main(wrong.split()) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_objectives_are_weighted_and_measured_by_their_names(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    command = f"pretrain --data {corpus} --out {out} --steps 3 --vocab-size 300 --objectives mlm sop --weights.sop 0.5"
+    masking = "--mask-unit span --mask-count 40 --all-mask"
+    assert main(f"{command} {masking} {TINY} --valid-fraction 0.2 --log-every 1".split()) == 0
+    last = read_metrics(out / "metrics.jsonl")[-1]
+    assert last["loss"] == pytest.approx(last["mlm_loss"] + 0.5 * last["sop_loss"])
+    assert last["eval_loss"] == pytest.approx(last["eval_mlm_loss"] + 0.5 * last["eval_sop_loss"])
+    assert yaml.safe_load((out / "config.yaml").read_text())["weights"] == {"sop": 0.5}
+    capsys.readouterr()
+    assert main(f"evaluate --model {out} --data {corpus} --json --objectives mlm sop".split()) == 0
+    assert {"mlm_accuracy", "sop_accuracy"} <= set(json.loads(capsys.readouterr().out))
+
+
+def test_nsp_is_left_out_where_it_is_not_wanted(corpus, tmp_path):
+    out = tmp_path / "run"
+    command = f"pretrain --data {corpus} --out {out} --steps 2 --vocab-size 300 --no-nsp --whole-word {TINY}"
+    assert main(command.split()) == 0
+    assert not any("nsp" in name for name in read_metrics(out / "metrics.jsonl")[-1])
+
+
 def test_convert_keeps_every_tensor(pretrained, tmp_path):
     out = tmp_path / "converted"
     assert main(["convert", str(pretrained), "--out", str(out)]) == 0

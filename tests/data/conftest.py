@@ -40,3 +40,11 @@ def tokenizer(sample_corpus):
 @pytest.fixture(scope="session")
 def store(sample_corpus, tokenizer, tmp_path_factory):
     return build_store(sample_corpus, tmp_path_factory.mktemp("stores") / "topics", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def wiki(shared, tmp_path_factory):
+    """Two files of Wikipedia, under BERT's own vocabulary."""
+    tokenizer = Tokenizer.from_pretrained(shared / "vocab" / "bert-base-uncased-tokenizer.json")
+    files = [shared / "data/corpora/enwiki-2015" / f"wiki_{i:02}" for i in (5, 17)]
+    return build_store(files, tmp_path_factory.mktemp("stores") / "wiki", tokenizer)

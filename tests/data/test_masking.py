@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import torch
 
-from minibert.data.masking import Masker
+from minibert.data.masking import UNITS, Masker
+from minibert_kernels import mlm_mask
 from minibert_kernels.philox import fold, philox
 
 OPTIONS = {"mask_id": 4, "vocab_size": 37, "special_ids": (0, 1, 2, 3, 4)}
@@ -156,6 +158,58 @@ def test_spans_are_those_of_a_span_by_span_oracle(max_span):
     assert max_span > 1 or np.array_equal(rows, mask(ids, seed, rate=rate)[1]), "spans of one are tokens"
 
 
+def exact_oracle(samples, seed, count):
+    """The rows of a batch that are chosen in turn: one of every sample, then by rank over length."""
+    turns, begin = [], 0
+    for number, ids in enumerate(samples):
+        words = {i: philox(fold(seed, 0x3A5C), i, number)[0] for i, token in enumerate(ids.tolist()) if token >= 5}
+        for rank, i in enumerate(sorted(words, key=words.get)):
+            turns.append((rank / len(words) if rank else -1, begin + i))
+        begin += len(ids)
+    return sorted(row for _, row in sorted(turns)[:count])
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 11, 49])
+def test_an_exact_number_is_taken_in_turn_from_all_samples(count):
+    samples = [sentence(length, seed=length) for length in (7, 1, 37, 13)]
+    ids, lengths = np.concatenate(samples), np.array([len(s) for s in samples])
+    masked, rows, labels = Masker(3, **OPTIONS, count=count)(ids, lengths, np.zeros(4, int), np.arange(4))
+    assert rows.tolist() == exact_oracle(samples, 3, count) and len(rows) == count
+    assert np.array_equal(labels, ids[rows])
+    assert np.array_equal(np.delete(masked, rows), np.delete(ids, rows))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("count", [5, 23, 80])
+def test_an_exact_number_is_what_the_op_on_the_device_chooses(unit, count):
+    samples = [sentence(length, seed=length) for length in (7, 1, 37, 13)]
+    ids, lengths = np.concatenate(samples), np.array([len(s) for s in samples])
+    epoch, number = np.array([2, 0, 1, 1]), np.array([5, 9, 0, 1 << 33])
+    masker = Masker(3, **OPTIONS, unit=unit, count=count, is_continuation=np.arange(37) >= 20)
+    every = torch.arange(37)
+    expected = mlm_mask(
+        torch.from_numpy(ids), torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), 39, mask_id=4,
+        special=every < 5, ordinary=every[5:], unit=unit, continues=every >= 20, seed=3, num_labels=count,
+        seq_ids=torch.from_numpy(number), epochs=torch.from_numpy(epoch), backend="reference",
+    )  # fmt: skip
+    for ours, theirs in zip(masker(ids, lengths, epoch, number), expected, strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+def test_a_surplus_of_labels_is_ignored():
+    ids = sentence(4)
+    masked, rows, labels = mask(ids, count=7)
+    assert rows.tolist() == [0, 0, 0, 1, 2, 3, 4] and labels.tolist() == [-100] * 3 + ids[1:5].tolist()
+    assert masked[0] == ids[0]
+
+
+def test_every_chosen_token_may_become_mask():
+    ids = sentence(400)
+    plain, masked = mask(ids, rate=0.3), mask(ids, rate=0.3, all_mask=True)
+    assert (masked[0][masked[1]] == 4).all() and not (plain[0][plain[1]] == 4).all()
+    assert all(np.array_equal(a, b) for a, b in zip(plain[1:], masked[1:], strict=True))
+
+
 def test_spans_are_as_long_as_they_were_in_the_paper():
     ids, lengths = np.full(2000 * 100, 7), np.full(2000, 100)
     masker = Masker(0, **OPTIONS, rate=1e-9, unit="span")  # one token is wanted, and its span is taken whole
@@ -171,7 +225,8 @@ def test_spans_are_as_long_as_they_were_in_the_paper():
         ({"rate": 0}, r"mask_rate=0 is not in \(0, 1\]"),
         ({"rate": -0.1}, r"mask_rate=-0.1"),
         ({"rate": 1.5}, r"mask_rate=1.5"),
-        ({"unit": "spam"}, "unit='spam' is not one of token, word, span: did you mean 'span'"),
+        ({"count": 0}, "mask_count=0 is not positive"),
+        ({"unit": "spam"}, "mask_unit='spam' is not one of token, word, span: did you mean 'span'"),
         ({"unit": "word"}, "unit='word' needs is_continuation"),
         ({"unit": "span", "max_span": 0}, "max_span=0 is not positive"),
         ({"vocab_size": 5}, "vocab_size=5 leaves no token"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minibert.data import PretrainingData, Tokenizer, build_store, split_documents
+from minibert.data import PretrainingData, split_documents
 from minibert.data.masking import Masker
 from minibert.data.packing import permute
 
@@ -76,7 +76,7 @@ def test_a_batch_is_its_samples_masked_one_by_one(data, tokenizer):
         assert batch.input_ids[here].tolist() == ids.tolist()
         assert batch.token_type_ids[here].tolist() == pair.types.tolist()
         assert batch.positions[here].tolist() == list(range(len(ids)))
-        assert batch.nsp_labels[i] == pair.is_random
+        assert batch.nsp_labels[i] == pair.label
         rows.extend((borders[i] + chosen).tolist())
         labels.extend(originals.tolist())
     assert (batch.mlm_rows.tolist(), batch.mlm_labels.tolist()) == (rows, labels)
@@ -151,10 +151,8 @@ def test_a_store_of_another_tokenizer_is_refused(store, toy_tokenizer):
         PretrainingData(store, store.tokenizer, batch_tokens=0)
 
 
-def test_real_text_gives_the_rates_of_the_paper(shared, tmp_path):
-    tokenizer = Tokenizer.from_pretrained(shared / "vocab" / "bert-base-uncased-tokenizer.json")
-    files = [shared / "data/corpora/enwiki-2015" / f"wiki_{i:02}" for i in (5, 17)]
-    data = PretrainingData(build_store(files, tmp_path / "store", tokenizer), tokenizer)
+def test_real_text_gives_the_rates_of_the_paper(wiki):
+    data = PretrainingData(wiki, wiki.tokenizer)
     batches = [batch for batch, _ in itertools.islice(data.batches(), 60)]
     samples = sum(batch.num_sequences for batch in batches)
     assert abs(sum(int(batch.nsp_labels.sum()) for batch in batches) / samples - 0.5) < 0.04

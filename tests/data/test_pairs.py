@@ -50,16 +50,16 @@ def test_true_pairs_continue_and_random_ones_come_from_another_document(toy_stor
             own = next(document for document in documents if a[0] in document)
             assert pair.ids[0] == CLS and len(a) + len(b) <= 5 and a and b
             assert pair.types.tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1)
-            if pair.is_random:
+            if pair.label:
                 assert b[0] not in own
             else:
                 assert b[0] in own and own.index(b[0]) > own.index(a[-1])
-            seen.add((index, pair.is_random))
+            seen.add((index, pair.label))
     assert seen == {(0, 0), (0, 1), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)}, "one sentence alone needs a random partner"
 
 
 def test_without_pairs_a_sample_is_whole_sentences_of_one_document(toy_store):
-    sampler = PairSampler(toy_store, seed=0, max_length=7, nsp=False, short_prob=0)
+    sampler = PairSampler(toy_store, seed=0, max_length=7, pairs=None, short_prob=0)
     texts = [decode(toy_store, sampler(0, i).ids) for i in range(len(sampler))]
     assert texts == [
         "[CLS] the cat sat on a [SEP]",
@@ -72,7 +72,7 @@ def test_without_pairs_a_sample_is_whole_sentences_of_one_document(toy_store):
 
 
 def test_without_pairs_every_token_is_in_exactly_one_sample(store):
-    sampler = PairSampler(store, seed=3, max_length=37, nsp=False)
+    sampler = PairSampler(store, seed=3, max_length=37, pairs=None)
     index = np.arange(len(sampler))
     plan = sampler.plan(np.zeros_like(index), index)
     assert plan.start[0, 0] == 0 and plan.sizes.max() <= 37
@@ -95,7 +95,7 @@ def test_half_of_the_partners_are_random_and_all_of_those_from_other_documents(s
     index = np.tile(np.arange(len(sampler)), 20)
     plan = sampler.plan(np.repeat(np.arange(20), len(sampler)), index)
     document = np.searchsorted(store.sentences[store.documents], plan.start, side="right") - 1
-    is_random = plan.is_random.astype(bool)
+    is_random = plan.label.astype(bool)
     assert abs(is_random.mean() - 0.5) < 0.02
     assert (document[is_random, 0] != document[is_random, 1]).all()
     assert (document[~is_random, 0] == document[~is_random, 1]).all()
@@ -134,11 +134,11 @@ sys.path[:0] = {sys.path!r}
 from minibert.data import TokenStore
 from minibert.data.pairs import PairSampler
 pair = PairSampler(TokenStore({str(store.path)!r}), seed=5)(2, 13)
-print(pair.ids.tolist(), pair.types.tolist(), pair.is_random)
+print(pair.ids.tolist(), pair.types.tolist(), pair.label)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     pair = PairSampler(store, seed=5)(2, 13)
-    assert done.stdout.strip() == f"{pair.ids.tolist()} {pair.types.tolist()} {pair.is_random}", done.stderr
+    assert done.stdout.strip() == f"{pair.ids.tolist()} {pair.types.tolist()} {pair.label}", done.stderr
 
 
 def test_samples_come_only_from_the_documents_that_were_named(store):
@@ -172,7 +172,8 @@ def test_truncation_cuts_the_front_and_the_back(toy_store):
     "options, words",
     [
         ({"max_length": 4}, "max_length=4"),
-        ({"max_length": 2, "nsp": False}, "max_length=2"),
+        ({"max_length": 2, "pairs": None}, "max_length=2"),
+        ({"pairs": "nps"}, "pairs='nps' is not one of nsp, sop: did you mean 'nsp'"),
         ({"short_prob": 1.5}, "short_prob=1.5"),
         ({"documents": []}, "documents"),
         ({"documents": [0, 3]}, "documents"),
@@ -182,4 +183,4 @@ def test_truncation_cuts_the_front_and_the_back(toy_store):
 def test_samplers_that_cannot_work_are_refused(toy_store, options, words):
     with pytest.raises(ValueError, match=words):
         PairSampler(toy_store, seed=0, **options)
-    assert len(PairSampler(toy_store, seed=0, documents=[1], nsp=False)) == 1
+    assert len(PairSampler(toy_store, seed=0, documents=[1], pairs=None)) == 1

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import SIZES, build, small_config
+from small import SIZES, build, padded, small_config
 
+from minibert.batch import pack
 from minibert.data.tokenizer import Tokenizer
 from minibert.hub import hf_state, load_state
 from minibert.integrations.parity import GRADIENT_LIMIT, STATE_LIMIT, compare, inputs, load_theirs, parity, scaled
@@ -116,6 +117,38 @@ def test_parity_passes_on_a_checkpoint_of_transformers(tmp_path, kind, changes):
     assert summary["passed"] and summary["first_difference"] is None and len(summary["rows"]) == len(names)
     assert 0 < summary["state_error"] <= STATE_LIMIT and 0 < summary["gradient_error"] <= GRADIENT_LIMIT
     json.dumps(summary)
+
+
+def test_parity_passes_on_a_decoder_of_transformers(tmp_path):
+    directory = theirs_at(tmp_path, transformers.BertLMHeadModel, is_decoder=True)
+    report = parity(directory)
+    assert report.passed, report.first_difference
+    model = BertForMaskedLM.from_pretrained(directory)
+    assert model.config.causal
+    both = compare(
+        BertForMaskedLM.from_pretrained(directory, causal=False),
+        load_theirs(BertForMaskedLM, directory),
+        dict(inputs(directory, model.config)),
+    )
+    assert both.first_difference.what == "layer 1", "attention to later tokens is seen"
+
+
+def test_transformers_continues_a_text_with_what_we_save(tmp_path):
+    model = build(BertForMaskedLM, causal=True)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert isinstance(theirs, transformers.BertLMHeadModel)
+    ids, batch = [2, 7, 11], padded()
+    for _ in range(6):
+        ids.append(int(model(pack([ids])).logits[-1].argmax()))
+    given = {"input_ids": torch.tensor([ids[:3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    done = theirs.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert done[0].tolist() == ids
+    mask, labels = batch["attention_mask"].bool(), batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    ours, expected = model(**batch, labels=shifted), theirs(**batch, labels=labels)
+    assert scaled(ours.logits[mask], expected.logits[mask]) < STATE_LIMIT
+    assert scaled(ours.loss, expected.loss) < STATE_LIMIT
 
 
 def test_parity_compares_every_head_and_every_gradient(tmp_path):

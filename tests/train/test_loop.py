@@ -20,7 +20,8 @@ from minibert.train import (
     train,
 )
 from minibert.train.checkpoint import Run
-from minibert.train.loop import Trainer
+from minibert.train.loop import DROPOUT, Trainer
+from minibert_kernels.philox import fold
 
 
 class Crash(Exception):
@@ -120,15 +121,15 @@ def test_training_lowers_the_loss_and_leaves_torchs_generator_alone(tmp_path, op
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def gradients(tmp_path, sizes, clip=None):
+def gradients(tmp_path, sizes, clip=None, weights=None):
     """One step over the samples 0 to 11, cut into micro-batches of these sizes."""
     config = make_config(accumulate=len(sizes), clip=clip)
     data, model = Stream("pretraining", sizes), make_model("pretraining")
-    trainer = Trainer(model, data, None, config, Run(tmp_path, False), None, KINDS["pretraining"][1], {})
+    trainer = Trainer(model, data, None, config, Run(tmp_path, False), None, KINDS["pretraining"][1], {}, weights)
     model.train()
-    batches, weights, cursor = trainer._draw(0)
+    batches, shares, cursor = trainer._draw(0)
     assert cursor == 12
-    record = trainer._update(batches, weights, trainer._backward(batches, weights))
+    record = trainer._update(batches, shares, trainer._backward(batches, shares))
     return record, {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -141,6 +142,31 @@ def test_the_gradient_is_the_same_however_a_step_is_cut(tmp_path, sizes):
     for name, grad in grads.items():
         torch.testing.assert_close(cut_grads[name], grad, rtol=1e-4, atol=1e-7, msg=name)
     assert record["loss"] == pytest.approx(record["mlm_loss"] + record["nsp_loss"])
+
+
+def test_the_step_of_weighted_losses_is_that_of_their_weighted_sum(tmp_path):
+    weights, losses, sums = {"mlm_loss": 2.0, "nsp_loss": 0.25}, {}, {}
+    for name, weight in weights.items():
+        model = make_model("pretraining").train()
+        batch = Stream("pretraining", (12,)).next_batch(0)[0]
+        losses[name] = getattr(model(batch, seed=fold(11, DROPOUT, 0)), name)
+        losses[name].backward()
+        for parameter, p in model.named_parameters():
+            if p.grad is not None:
+                sums[parameter] = sums.get(parameter, 0) + weight * p.grad
+    for sizes in ((12,), (1, 11)):
+        record, grads = gradients(tmp_path, sizes, weights=weights)
+        assert record["loss"] == pytest.approx(2 * record["mlm_loss"] + 0.25 * record["nsp_loss"])
+        for name, loss in losses.items():
+            assert record[name] == pytest.approx(loss.item(), rel=1e-5), "a loss is logged as it is"
+        for name, grad in sums.items():
+            torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_a_run_with_other_weights_is_not_resumed(tmp_path):
+    run(tmp_path, config=make_config(steps=3), weights={"loss": 0.5})
+    with pytest.raises(ValueError, match="was started with weights.loss=0.5, now it is 0.75"):
+        run(tmp_path, config=make_config(steps=3), weights={"loss": 0.75}, resume=True)
 
 
 def test_a_large_gradient_is_clipped_and_its_own_norm_is_logged(tmp_path):

@@ -9,8 +9,9 @@ import torch
 
 from minibert.batch import pack
 from minibert.config import BertConfig
+from minibert.data import OBJECTIVES
 from minibert.model import BertForPreTraining, BertForSequenceClassification
-from minibert.train import TrainConfig, mean_over_sequences, pretraining_parts, train
+from minibert.train import TrainConfig, mean_over_sequences, train
 
 CONFIG = BertConfig(
     vocab_size=37,
@@ -20,6 +21,12 @@ CONFIG = BertConfig(
     intermediate_size=20,
     max_position_embeddings=16,
 )
+
+
+def pretraining_parts(batch):
+    return {f"{name}_loss": OBJECTIVES[name].count(batch) for name in ("mlm", "nsp")}
+
+
 KINDS = {
     "classification": (BertForSequenceClassification, mean_over_sequences),
     "pretraining": (BertForPreTraining, pretraining_parts),
@@ -68,14 +75,31 @@ def make_config(**changes):
 
 
 def run(
-    run_dir, kind="classification", *, config=None, data=None, evaluate=None, model=None, resume=False, settings=None
+    run_dir,
+    kind="classification",
+    *,
+    config=None,
+    data=None,
+    evaluate=None,
+    model=None,
+    resume=False,
+    settings=None,
+    weights=None,
 ):
     """Train a fresh model, or the given one, and return it with the result."""
     model = make_model(kind) if model is None else model
     data = Stream(kind) if data is None else data
     parts = KINDS[kind][1]
     result = train(
-        model, data, evaluate, config or make_config(), run_dir, resume=resume, parts=parts, settings=settings
+        model,
+        data,
+        evaluate,
+        config or make_config(),
+        run_dir,
+        resume=resume,
+        parts=parts,
+        settings=settings,
+        weights=weights,
     )
     return model, result
 
