@@ -1,8 +1,9 @@
 """Text to packed, masked batches: documents, sentences, tokens, a store on disk, and samples drawn from counters."""
 
 from .packing import PretrainingData
+from .sentences import split_sentences
 from .store import TokenStore, build_store, split_documents
-from .text import read_documents, split_sentences
+from .text import read_documents
 from .tokenizer import Tokenizer
 
 __all__ = [

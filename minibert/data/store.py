@@ -19,7 +19,8 @@ import numpy as np
 from minibert_kernels.philox import fold, philox
 
 from ..files import fsync_path, sha256
-from .text import as_paths, list_files, read_documents, split_sentences
+from .sentences import split_sentences
+from .text import as_paths, list_files, read_documents
 from .tokenizer import Tokenizer
 
 VERSION = 1
