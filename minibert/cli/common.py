@@ -15,6 +15,7 @@ from minibert_kernels.dispatch import use_triton
 
 from .. import hub
 from ..data import TokenStore, build_store, read_documents
+from ..data.text import refuse
 from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
 from ..model import MODELS
@@ -71,8 +72,10 @@ def model_kind(source: Path, allow_pickle: bool) -> type:
     return MODELS[hub.architecture(source, allow_pickle)]
 
 
-def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: str) -> Tokenizer:
-    lines = (line for document in read_documents(data, text_column=text_column) for line in document)
+def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: str, skip: bool = False) -> Tokenizer:
+    """A tokenizer for this text; `skip` passes over what cannot be read."""
+    bad = (lambda error: None) if skip else refuse
+    lines = (line for document in read_documents(data, text_column=text_column, bad=bad) for line in document)
     return Tokenizer.train(lines, vocab_size, lowercase=not cased)
 
 

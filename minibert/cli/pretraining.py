@@ -1,4 +1,4 @@
-"""Verbs on unlabelled text: tokenizer, prepare, pretrain, fill-mask."""
+"""Verbs of pretraining: pretrain, fill-mask."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..config import PRESETS, BertConfig
-from ..data import PretrainingData, TokenStore, build_store, split_documents
+from ..data import PretrainingData, TokenStore, split_documents
 from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForPreTraining
@@ -22,12 +22,10 @@ from .common import (
     pick,
     print_json,
     print_result,
-    refuse_filled,
     resolve_device,
     resolve_model,
     save_options,
     say,
-    train_tokenizer,
 )
 from .flags import (
     Accumulate,
@@ -45,60 +43,16 @@ from .flags import (
     KeepLast,
     LogEvery,
     Lr,
-    MaxDocuments,
     Out,
     Pickle,
     Resume,
     SaveEvery,
     Seed,
-    Texts,
-    Tokens,
     VocabSize,
     Warmup,
 )
 
 SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
-
-
-def tokenizer(
-    *,
-    data: Texts,
-    out: Out,
-    vocab_size: VocabSize = 8192,
-    cased: Cased = False,
-    text_column: DataColumn = "text",
-) -> None:
-    """Train a WordPiece tokenizer.
-
-    Example: minibert tokenizer --data corpus/ --out tokenizer --vocab-size 8192
-    """
-    refuse_filled(out)
-    made = train_tokenizer(data, vocab_size, cased, text_column)
-    made.save_pretrained(out)
-    say(f"{made.vocab_size:,} pieces in {out}")
-
-
-def prepare(
-    *,
-    data: Texts,
-    out: Out,
-    tokenizer: Tokens = None,
-    vocab_size: VocabSize = 8192,
-    cased: Cased = False,
-    text_column: DataColumn = "text",
-    max_documents: MaxDocuments = None,
-) -> None:
-    """Turn text into a token store, which `pretrain --data` reads without preparing it again.
-
-    Example: minibert prepare --data corpus/ --out store --tokenizer tokenizer
-    """
-    made = (
-        train_tokenizer(data, vocab_size, cased, text_column)
-        if tokenizer is None
-        else Tokenizer.from_pretrained(tokenizer)
-    )
-    store = build_store(data, out, made, text_column=text_column, max_documents=max_documents)
-    say(f"{out}: {describe(store)}")
 
 
 def pretrain(

@@ -1,16 +1,20 @@
 """Text to packed, masked batches: documents, sentences, tokens, a store on disk, and samples drawn from counters."""
 
+from .build import build_store, merge_shards
 from .packing import PretrainingData
+from .parts import Recipe
 from .sentences import split_sentences
-from .store import TokenStore, build_store, split_documents
+from .store import TokenStore, split_documents
 from .text import read_documents
 from .tokenizer import Tokenizer
 
 __all__ = [
     "PretrainingData",
+    "Recipe",
     "TokenStore",
     "Tokenizer",
     "build_store",
+    "merge_shards",
     "read_documents",
     "split_documents",
     "split_sentences",

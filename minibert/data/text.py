@@ -21,7 +21,9 @@ def refuse(error: ValueError) -> None:
     raise error
 
 
-def read_documents(paths, *, text_column: str = "text") -> Iterator[list[str]]:
+def read_documents(
+    paths, *, text_column: str = "text", bad: Callable[[ValueError], None] = refuse
+) -> Iterator[list[str]]:
     """The documents of files and folders, each a list of paragraphs without surrounding blanks.
 
     Formats: `.txt` and unknown suffixes (documents between blank lines, a paragraph a line); WikiExtractor's `<doc …>`
@@ -30,13 +32,14 @@ def read_documents(paths, *, text_column: str = "text") -> Iterator[list[str]]:
     Args:
         paths: a path or several; folders are read recursively in sorted order, without hidden files.
         text_column: the column or field that holds the text of a row.
+        bad: gets the error of each record that cannot be read, a line or row, and may let it pass.
     Raises:
         ValueError: a path is missing or holds no text, or a file is not UTF-8, is broken, or has no such column.
     """
     for path in as_paths(paths):
         found = False
         for file in list_files(path):
-            for document in read_file(file, text_column):
+            for document in read_file(file, text_column, bad):
                 found = True
                 yield document
         if not found:
@@ -44,7 +47,7 @@ def read_documents(paths, *, text_column: str = "text") -> Iterator[list[str]]:
 
 
 def read_file(file: Path, text_column: str, bad: Callable[[ValueError], None] = refuse) -> Iterator[list[str]]:
-    """The documents of one file that hold text. `bad` gets the error of each broken record, and may let it pass."""
+    """The documents of one file, see `read_documents`."""
     for document in _read_file(file, text_column, bad):
         paragraphs = [stripped for paragraph in document if (stripped := paragraph.strip())]
         if paragraphs:
