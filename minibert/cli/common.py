@@ -80,13 +80,14 @@ def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: 
 
 
 def open_store(data: list[str], out: Path, tokenizer: str | None, new: Mapping[str, Any]) -> TokenStore:
-    """The store that `data` is, or the one under `out` that is made of it.
+    """The store that `data` is, or its training side, or the one under `out` that is made of it.
 
     `new` holds vocab_size, cased and text_column, for a tokenizer that has to be trained; a store under `out` keeps the
     tokenizer it was made with.
     """
-    if len(data) == 1 and (Path(data[0]) / "meta.json").is_file():
-        store = TokenStore(data[0])
+    prepared = Path(data[0]) / ("train" if (Path(data[0]) / "train" / "meta.json").is_file() else "")
+    if len(data) == 1 and (prepared / "meta.json").is_file():
+        store = TokenStore(prepared)
         if tokenizer is not None and Tokenizer.from_pretrained(tokenizer).hash != store.meta["tokenizer_hash"]:
             raise ValueError(
                 f"{data[0]} was built with another tokenizer than {tokenizer}'s: prepare it again with that"

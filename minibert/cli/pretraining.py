@@ -74,7 +74,7 @@ def pretrain(
     mask_rate: Annotated[float, "share of the tokens to predict"] = 0.15,
     whole_word: Annotated[bool, "mask all pieces of a word together"] = False,
     nsp: Annotated[bool, "predict the next sentence, too"] = True,
-    valid_fraction: Annotated[float, "share of the documents held out"] = 0.05,
+    valid_fraction: Annotated[float, "share of the documents held out, unless `prepare --valid` did that"] = 0.05,
     lr: Lr = 1e-3,
     warmup: Warmup = 0.1,
     weight_decay: Decay = 0.01,
@@ -119,8 +119,16 @@ def pretrain(
     with claim(out, resume) as run:
         store = open_store(data, run.path / "data", tokenizer or (start and str(start)), options)
         samples = pick(options, "seed batch_tokens max_length mask_rate nsp whole_word")
-        parts = split_documents(store.num_documents, valid_fraction, seed, at_least=2 if nsp else 1)
-        learned, held_out = (PretrainingData(store, store.tokenizer, documents=part, **samples) for part in parts)
+        held_out_store = prepared_held_out(store)
+        if held_out_store is None:
+            parts = split_documents(store.num_documents, valid_fraction, seed, at_least=2 if nsp else 1)
+        else:
+            parts = (np.arange(store.num_documents), np.arange(held_out_store.num_documents))
+        stores = (store, held_out_store or store)
+        learned, held_out = (
+            PretrainingData(each, store.tokenizer, documents=part, **samples)
+            for each, part in zip(stores, parts, strict=True)
+        )
         network = new_network(options, start, store.tokenizer)
         commonest = commonest_token(store, parts[0])
         save_options(run, "pretrain", options)
@@ -136,6 +144,13 @@ def pretrain(
             settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(store)},
         )
     print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
+
+
+def prepared_held_out(store: TokenStore) -> TokenStore | None:
+    """The held-out side that `prepare --valid` put beside a store of training text."""
+    beside = store.path.parent / "valid"
+    prepared = store.meta.get("side") == "train" and (beside / "meta.json").is_file()
+    return TokenStore(beside) if prepared else None
 
 
 def source_of(store: TokenStore) -> dict:
