@@ -79,14 +79,19 @@ def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: 
     return Tokenizer.train(lines, vocab_size, lowercase=not cased)
 
 
+def find_store(path) -> Path | None:
+    """Where the token store is that a path names, its training side if it is split; None where it is text."""
+    found = (folder for folder in (Path(path), Path(path) / "train") if (folder / "meta.json").is_file())
+    return next(found, None)
+
+
 def open_store(data: list[str], out: Path, tokenizer: str | None, new: Mapping[str, Any]) -> TokenStore:
     """The store that `data` is, or its training side, or the one under `out` that is made of it.
 
     `new` holds vocab_size, cased and text_column, for a tokenizer that has to be trained; a store under `out` keeps the
     tokenizer it was made with.
     """
-    prepared = Path(data[0]) / ("train" if (Path(data[0]) / "train" / "meta.json").is_file() else "")
-    if len(data) == 1 and (prepared / "meta.json").is_file():
+    if len(data) == 1 and (prepared := find_store(data[0])):
         store = TokenStore(prepared)
         if tokenizer is not None and Tokenizer.from_pretrained(tokenizer).hash != store.meta["tokenizer_hash"]:
             raise ValueError(

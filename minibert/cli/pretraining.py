@@ -1,5 +1,6 @@
 """Verbs of pretraining: pretrain, fill-mask."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from ..config import PRESETS, BertConfig
-from ..data import PretrainingData, TokenStore, split_documents
+from ..data import Mixture, PretrainingData, TokenStore, split_documents
 from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForPreTraining
@@ -17,6 +18,7 @@ from .common import (
     check_backend,
     check_fractions,
     describe,
+    find_store,
     load,
     open_store,
     pick,
@@ -57,8 +59,9 @@ SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
 
 def pretrain(
     *,
-    data: Annotated[list[str], "a token store, or text to make one from (kept in --out/data)"],
+    data: Annotated[list[str], "a token store, several with --mix, or text to make one from (in --out/data)"],
     out: Out,
+    mix: Annotated[list[float], "the share of the samples from each of several stores in --data, as 0.7 0.3"] = (),
     model: Annotated[str, f"architecture: {', '.join(PRESETS)}"] = "bert-tiny",
     arch: Arch = {},  # noqa: B006
     init: Annotated[str | None, "directory whose weights to start from, instead of --model"] = None,
@@ -117,22 +120,20 @@ def pretrain(
     if max_length > planned.max_position_embeddings:
         raise ValueError(f"max_length={max_length} exceeds max_position_embeddings={planned.max_position_embeddings}")
     with claim(out, resume) as run:
-        store = open_store(data, run.path / "data", tokenizer or (start and str(start)), options)
+        sides = open_sides(options, run.path / "data", tokenizer or (start and str(start)))
+        stores = [store for store, _ in sides[0]]
+        store = stores[0]
         samples = pick(options, "seed batch_tokens max_length mask_rate nsp whole_word")
-        held_out_store = prepared_held_out(store)
-        if held_out_store is None:
-            parts = split_documents(store.num_documents, valid_fraction, seed, at_least=2 if nsp else 1)
-        else:
-            parts = (np.arange(store.num_documents), np.arange(held_out_store.num_documents))
-        stores = (store, held_out_store or store)
         learned, held_out = (
-            PretrainingData(each, store.tokenizer, documents=part, **samples)
-            for each, part in zip(stores, parts, strict=True)
+            mix_samples([PretrainingData(each, store.tokenizer, documents=ids, **samples) for each, ids in side], mix)
+            for side in sides
         )
         network = new_network(options, start, store.tokenizer)
-        commonest = commonest_token(store, parts[0])
+        commonest = commonest_token(sides[0])
         save_options(run, "pretrain", options)
-        say(f"{describe(store)}; {len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
+        for each in stores:
+            say(describe(each))
+        say(f"{len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
         result = train(
             network,
             learned,
@@ -141,28 +142,56 @@ def pretrain(
             run,
             store.tokenizer,
             parts=pretraining_parts,
-            settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(store)},
+            settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(stores, mix)},
         )
     print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
 
 
-def prepared_held_out(store: TokenStore) -> TokenStore | None:
-    """The held-out side that `prepare --valid` put beside a store of training text."""
-    beside = store.path.parent / "valid"
-    prepared = store.meta.get("side") == "train" and (beside / "meta.json").is_file()
-    return TokenStore(beside) if prepared else None
+def open_sides(options: Mapping, out: Path, tokenizer: str | None) -> list[list[tuple[TokenStore, np.ndarray]]]:
+    """The stores, each with the documents to use, that are learned from; and those that are held out.
+
+    Held out is the store that `prepare --valid` put beside the training text, otherwise a share of the documents.
+    """
+    data, mix = options["data"], options["mix"]
+    if mix and len(mix) != len(data):
+        raise ValueError(f"--mix gives {len(mix)} weights for {len(data)} stores in --data")
+    if mix and (text := [path for path in data if not find_store(path)]):
+        raise ValueError(f"--mix weighs token stores: prepare {text[0]} first")
+    learned, held_out = [], []
+    for paths in [[path] for path in data] if mix else [data]:
+        store = open_store(paths, out, tokenizer, options)
+        if learned and store.meta["tokenizer_hash"] != learned[0][0].meta["tokenizer_hash"]:
+            raise ValueError(f"{paths[0]} was built with another tokenizer than {data[0]}: prepare it again with that")
+        beside = store.path.parent / "valid"
+        if store.meta.get("side") == "train" and (beside / "meta.json").is_file():
+            valid = TokenStore(beside)
+            learned.append((store, np.arange(store.num_documents)))
+            held_out.append((valid, np.arange(valid.num_documents)))
+        else:
+            least = 2 if options["nsp"] else 1
+            parts = split_documents(store.num_documents, options["valid_fraction"], options["seed"], at_least=least)
+            learned.append((store, parts[0]))
+            held_out.append((store, parts[1]))
+    return [learned, held_out]
 
 
-def source_of(store: TokenStore) -> dict:
+def mix_samples(parts: list[PretrainingData], weights: list[float]) -> PretrainingData:
+    return Mixture(parts, weights) if weights else parts[0]
+
+
+def source_of(stores: list[TokenStore], weights: list[float]) -> dict:
     """What a resumed run must find again: the same text under the same tokenizer."""
-    return {name: store.meta[name] for name in ("counts", "tokenizer_hash", "sources")}
+    known = [{name: store.meta[name] for name in ("counts", "tokenizer_hash", "sources")} for store in stores]
+    return {"mix": weights, "stores": known} if weights else known[0]
 
 
-def commonest_token(store: TokenStore, documents: np.ndarray) -> int:
+def commonest_token(side: list[tuple[TokenStore, np.ndarray]]) -> int:
     """The id that occurs most often in these documents."""
-    counts = np.zeros(store.meta["vocab_size"], dtype=np.int64)
-    for first, last in map(store.document, documents):
-        counts += np.bincount(store.tokens[store.sentences[first] : store.sentences[last]], minlength=len(counts))
+    counts = np.zeros(side[0][0].meta["vocab_size"], dtype=np.int64)
+    for store, documents in side:
+        for first, last in map(store.document, documents):
+            ids = store.tokens[store.sentences[first] : store.sentences[last]]
+            counts += np.bincount(ids, minlength=len(counts))
     return int(counts.argmax())
 
 

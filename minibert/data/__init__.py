@@ -1,6 +1,7 @@
 """Text to packed, masked batches: documents, sentences, tokens, a store on disk, and samples drawn from counters."""
 
 from .build import build_store, merge_shards
+from .mixture import Mixture
 from .packing import PretrainingData
 from .parts import Recipe
 from .sentences import split_sentences
@@ -9,6 +10,7 @@ from .text import read_documents
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "Mixture",
     "PretrainingData",
     "Recipe",
     "TokenStore",

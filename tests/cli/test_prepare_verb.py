@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ COMMANDS = [
     for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
     for line in block.splitlines()
 ]
+
+TINY = "--arch.hidden_size 16 --arch.num_attention_heads 2 --arch.intermediate_size 16 --max-length 32"
 
 
 def run(command: str) -> int:
@@ -62,11 +65,42 @@ def test_the_report_is_printed_and_kept(corpus, capsys):
 def test_pretraining_learns_from_one_side_of_a_split_and_is_measured_on_the_other(corpus):
     assert run("prepare --data corpus --out store --vocab-size 200 --valid 0.2") == 0
     (corpus / "store/valid/tokens.bin").rename(corpus / "away")
-    command = "pretrain --data store --out run --steps 2 --batch-tokens 128 --max-length 32 --arch.hidden_size 16"
-    command += " --arch.num_attention_heads 2 --arch.intermediate_size 16"
+    command = f"pretrain --data store --out run --steps 2 --batch-tokens 128 {TINY}"
     assert run(command) == 2  # the held-out side is broken, and needed
     (corpus / "away").rename(corpus / "store/valid/tokens.bin")
     assert run(command) == 0
+
+
+def test_a_weighted_mixture_of_stores_resumes_bit_for_bit(corpus):
+    assert run("tokenizer --data corpus books --out tokenizer --vocab-size 200") == 0
+    assert run("prepare --data corpus --out a --tokenizer tokenizer --valid 0.2") == 0
+    assert run("prepare --data books --out b --tokenizer tokenizer") == 0
+    command = f"pretrain --data a b --mix 0.7 0.3 --batch-tokens 256 --save-every 3 {TINY}"
+    assert run(f"{command} --steps 6 --out straight") == 0
+    assert run(f"{command} --steps 6 --out resumed") == 0
+    for path in (corpus / "resumed").glob("step-6"):
+        shutil.rmtree(path)
+    assert run(f"{command} --steps 6 --out resumed --resume") == 0
+    weights = [(corpus / name / "step-6/model.safetensors").read_bytes() for name in ("straight", "resumed")]
+    assert weights[0] == weights[1]
+    assert run(f"{command.replace('0.7 0.3', '0.6 0.4')} --steps 6 --out resumed --resume") == 2
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ("--data a a --mix 0.5", "--mix gives 1 weights for 2 stores in --data"),
+        ("--data a corpus --mix 0.5 0.5", "--mix weighs token stores: prepare corpus first"),
+        ("--data a c --mix 0.5 0.5", "c was built with another tokenizer than a"),
+        ("--data a a --mix 0.5 -1", "not all positive"),
+    ],
+)
+def test_a_mixture_that_is_none_is_refused(options, expected, corpus, capsys):
+    for out, size in (("a", 200), ("c", 150)):
+        assert run(f"prepare --data corpus --out {out} --vocab-size {size}") == 0
+    assert run(f"pretrain {options} --out run --steps 2 {TINY}") == 2
+    assert expected in capsys.readouterr().err.splitlines()[-1]
+    assert not (corpus / "run").exists()
 
 
 BAD = {
