@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..data import Recipe, build_store, merge_shards
+from ..data.report import draw_report, figure_class
 from ..data.tokenizer import Tokenizer
 from .common import pick, refuse_filled, say, train_tokenizer
 from .flags import Cased, DataColumn, MaxDocuments, Out, Texts, Tokens, VocabSize
@@ -63,18 +64,22 @@ def prepare(
     Example: minibert prepare --data corpus/ --out store --tokenizer tokenizer --dedup --valid 0.01
     """
     options = dict(locals())
+    if picture:
+        figure_class()  # refused before anything is read
     if merge:
         defaults = inspect.signature(prepare).parameters
         given = [name for name, value in options.items() if name != "out" and value != defaults[name].default]
         if extra := sorted({*given} - {"merge", "picture"}):
             raise ValueError(f"--merge takes everything from the shards: leave out {', '.join(extra)}")
-        merge_shards(merge, out, picture=picture)
-        return _say_report(Path(out))
+        merge_shards(merge, out)
+        return _finish(Path(out), picture)
     if not data:
         raise ValueError("name text with --data, or shards with --merge")
     recipe = pick(options, " ".join(field.name for field in fields(Recipe)))
     Recipe(**recipe)  # refused before a tokenizer is trained
     numbers = _parse_shard(shard)
+    if numbers and picture:
+        raise ValueError("a shard has no report: leave --picture to --merge")
     if numbers and tokenizer is None:
         raise ValueError("--shard needs --tokenizer: the shards must share one")
     if workers is not None and workers < 1:
@@ -85,10 +90,10 @@ def prepare(
         else Tokenizer.from_pretrained(tokenizer)
     )
     workers = workers or len(os.sched_getaffinity(0))
-    build_store(data, out, made, shard=numbers, workers=workers, picture=picture, progress=_progress(), **recipe)
+    build_store(data, out, made, shard=numbers, workers=workers, progress=_progress(), **recipe)
     if numbers:
         return say(f"{out}: shard {shard}, for --merge")
-    _say_report(Path(out))
+    _finish(Path(out), picture)
 
 
 def _parse_shard(shard: str | None) -> tuple[int, int] | None:
@@ -113,10 +118,13 @@ def _progress() -> Callable[[dict], None]:
     return show
 
 
-def _say_report(out: Path) -> None:
+def _finish(out: Path, picture: bool) -> None:
+    """Say what the report says, and draw it."""
     report = out / "report.json"
     if not report.is_file():  # a store of an earlier version
         return
+    if picture:
+        draw_report(out)
     content = json.loads(report.read_text(encoding="utf-8"))
     for name, count in content["left_out"].items():
         say(f"left out: {count:,} {name}")

@@ -29,7 +29,7 @@ from .parts import (
     settings_of,
     source_of,
 )
-from .report import Lengths, describe_part, figure_class, write_report
+from .report import Lengths, describe_part
 from .store import VERSION, TokenStore
 from .text import as_paths, list_files, no_text
 from .tokenizer import Tokenizer
@@ -44,7 +44,6 @@ def build_store(
     *,
     shard: tuple[int, int] | None = None,
     workers: int = 1,
-    picture: bool = False,
     progress: Progress | None = None,
     **recipe,
 ) -> TokenStore | None:
@@ -57,7 +56,6 @@ def build_store(
         paths: as in `read_documents`. recipe: the fields of `Recipe`.
         shard: (i, n), 1 <= i <= n: only make the parts of every n-th file, for `merge_shards`.
         workers: processes; a file is read by one of them.
-        picture: also draw the histogram of report.json.
         progress: called after each file with the counts so far.
     Returns:
         the store; that of the training documents where the recipe splits; None for a shard.
@@ -65,8 +63,6 @@ def build_store(
         ValueError: the text cannot be read or is empty, or `out` holds something else.
     """
     out, recipe = Path(out), Recipe(**recipe)
-    if picture:
-        figure_class()
     if recipe.near_dedup is not None:
         minhash()
     owned = [(path, file) for path in as_paths(paths) for file in list_files(path)]
@@ -92,10 +88,10 @@ def build_store(
             mine = [count["read"] for (other, _), count in zip(owned, counts, strict=False) if other == path]
             if mine and not any(mine):
                 raise no_text(path)
-        return _assemble(parts[: len(counts)], workshop, out, tokenizer, wanted, recipe, picture)
+        return _assemble(parts[: len(counts)], workshop, out, tokenizer, wanted, recipe)
 
 
-def merge_shards(shards: Sequence, out, *, picture: bool = False) -> TokenStore:
+def merge_shards(shards: Sequence, out) -> TokenStore:
     """The store that `build_store` would have built from all files at once, byte for byte.
 
     Args:
@@ -104,8 +100,6 @@ def merge_shards(shards: Sequence, out, *, picture: bool = False) -> TokenStore:
         ValueError: one is missing, doubled or broken, or they were made of other files or by another recipe.
     """
     out, found = Path(out), {}
-    if picture:
-        figure_class()
     for folder in map(Path, shards):
         statement = _read_shard(folder)
         number = statement["shard"][0]
@@ -134,7 +128,7 @@ def merge_shards(shards: Sequence, out, *, picture: bool = False) -> TokenStore:
             raise ValueError(f"{part} is missing or broken: prepare that shard again")
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
     with _workshop(out, tokenizer) as workshop:
-        return _assemble(parts, workshop, out, tokenizer, wanted, recipe, picture)
+        return _assemble(parts, workshop, out, tokenizer, wanted, recipe)
 
 
 def _shard_of(owned: list, shard: tuple[int, int], recipe: Recipe) -> list:
@@ -212,7 +206,7 @@ def _workshop(out: Path, tokenizer: Tokenizer) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _assemble(parts, workshop: Path, out: Path, tokenizer, meta: dict, recipe: Recipe, picture: bool) -> TokenStore:
+def _assemble(parts, workshop: Path, out: Path, tokenizer, meta: dict, recipe: Recipe) -> TokenStore:
     """Put the documents of the parts that stay into their stores, write the report, and move all of it to `out`."""
     made = workshop / "store"
     shutil.rmtree(made, ignore_errors=True)
@@ -245,7 +239,7 @@ def _assemble(parts, workshop: Path, out: Path, tokenizer, meta: dict, recipe: R
         tokenizer.save_pretrained(made / name)
         (made / name / "meta.json").write_text(text, encoding="utf-8")
         report["stores"][name or "all"] = describe_part(writer.counts, writer.sentence_lengths, writer.document_lengths)
-    write_report(made, report, picture)
+    (made / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for path in made.rglob("*"):
         fsync_path(path)
     fsync_path(made)

@@ -47,9 +47,9 @@ def document_key(normal: str) -> int:
 def signature(normal: str) -> np.ndarray:
     """uint32 [SIGNATURE]: two documents agree in about as many places as the share of their runs of words."""
     words = _WORD.findall(normal)
-    runs = [" ".join(words[i : i + SHINGLE]) for i in range(max(len(words) - SHINGLE + 1, 1))]
-    minima = minhash()(num_perm=SIGNATURE, seed=1)
-    minima.update(runs)
+    minima, count = minhash()(num_perm=SIGNATURE, seed=1), max(len(words) - SHINGLE + 1, 1)
+    for start in range(0, count, 1 << 16):
+        minima.update([" ".join(words[i : i + SHINGLE]) for i in range(start, min(start + (1 << 16), count))])
     return np.array(minima.digest(), dtype=np.uint32)
 
 

@@ -37,7 +37,7 @@ from .text import read_file
 from .tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20  # text that is encoded at once
-CHUNK = 1024  # documents that are read at once from a part
+CHUNK = 128  # documents that are read at once from a part
 DOCUMENT = np.dtype([("key", "<u8"), ("sentences", "<i8"), ("characters", "<i8")])
 FILES = ("tokens.bin", "sentences.bin", "documents.bin", "signatures.bin")
 Progress = Callable[[dict[str, int]], None]

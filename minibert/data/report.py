@@ -31,13 +31,6 @@ def describe_part(counts: dict[str, int], sentences: Lengths, documents: Lengths
     return counts | {"unknown_rate": round(rate, 6)} | lengths
 
 
-def write_report(folder: Path, report: dict, picture: bool) -> None:
-    """Write report.json, and lengths.png if a picture is wanted."""
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    if picture:
-        draw(report, folder / "lengths.png")
-
-
 def figure_class() -> type:
     """matplotlib without a screen; without the package a ValueError says what to install."""
     try:
@@ -47,8 +40,9 @@ def figure_class() -> type:
     return Figure
 
 
-def draw(report: dict, file: Path) -> None:
-    """Two histograms, of sentences and of documents; the stores of a split on top of each other."""
+def draw_report(folder: Path) -> None:
+    """Draw two histograms of report.json, of sentences and documents, as lengths.png beside it."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     figure = figure_class()(figsize=(9, 3.2), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("sentence", "document"), strict=True):
         tables = {name: part[f"tokens_of_a_{kind}"] for name, part in report["stores"].items()}
@@ -57,9 +51,9 @@ def draw(report: dict, file: Path) -> None:
         for name, table in tables.items():
             height = np.array([table.get(edge, 0) for edge in known])
             axes.bar(range(len(known)), height, bottom=bottom, label=name, width=0.9)
-            bottom += height
+            bottom += height  # the stores of a split lie on top of each other
         axes.set_xticks(range(len(known)), known, rotation=60, fontsize=7)
         axes.set(xlabel=f"tokens of a {kind}, at most", ylabel=f"{kind}s")
         if len(tables) > 1:
             axes.legend()
-    figure.savefig(file, dpi=150, metadata={"Software": None})
+    figure.savefig(folder / "lengths.png", dpi=150, metadata={"Software": None})

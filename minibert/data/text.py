@@ -218,7 +218,7 @@ def _parquet_rows(file: Path, column: str, bad) -> Iterator[str]:
         if column not in table.schema_arrow.names:
             raise unknown_column(file, column, table.schema_arrow.names)
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        for batch in table.iter_batches(batch_size=64, columns=[column]):
             for text in batch.column(0).to_pylist():
                 number += 1
                 try:

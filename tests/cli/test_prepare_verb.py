@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def test_the_commands_of_the_page_run_one_after_the_other(corpus, capsys):
     pytest.importorskip("matplotlib")
     assert len(COMMANDS) >= 8 and {command[0] for command in COMMANDS} == {"minibert"}
     for _, verb, *rest in COMMANDS:
+        if verb == "pretrain":
+            rest += f"--steps 2 --batch-tokens 256 {TINY}".split()
         assert main([verb, *rest]) == 0, (verb, rest, capsys.readouterr().err)
 
 
@@ -103,6 +106,18 @@ def test_a_mixture_that_is_none_is_refused(options, expected, corpus, capsys):
     assert not (corpus / "run").exists()
 
 
+def test_a_picture_is_drawn_also_later_or_one_line_says_what_to_install(corpus, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    command = "prepare --data corpus --out store --vocab-size 200 --valid 0.2"
+    assert run(command) == 0 and not (corpus / "store/lengths.png").exists()
+    assert run(f"{command} --picture") == 0
+    assert (corpus / "store/lengths.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert run("prepare --data corpus --out other --picture") == 2
+    assert "pip install 'minibert[viz]'" in capsys.readouterr().err.splitlines()[-1]
+    assert not (corpus / "other").exists()
+
+
 BAD = {
     "nothing to prepare": ("", "name text with --data, or shards with --merge"),
     "a broken row": ("--data {dir}/bad.jsonl --tokenizer {dir}/tokenizer", "bad.jsonl:2: column 'text' holds int"),
@@ -113,6 +128,7 @@ BAD = {
         "--data {dir}/corpus --shard 3/2 --tokenizer {dir}/tokenizer",
         "shard 3/2: the first number is in 1 to 2",
     ),
+    "a picture of a shard": ("--data {dir}/corpus --shard 1/2 --picture", "leave --picture to --merge"),
     "a shard without a tokenizer": ("--data {dir}/corpus --shard 1/2", "--shard needs --tokenizer"),
     "a merge with options": ("--merge a b --dedup --data c", "leave out data, dedup"),
     "a merge of nothing": ("--merge {dir}/corpus", "corpus is no finished shard"),

@@ -258,16 +258,6 @@ def test_a_recipe_out_of_range_is_refused(texts, toy_tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_picture_is_drawn_or_one_line_says_what_to_install(texts, toy_tokenizer, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    store = build_store(texts, tmp_path / "out", toy_tokenizer, valid=0.3, picture=True)
-    assert (store.path.parent / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"pip install 'minibert\[viz\]'"):
-        build_store(texts, tmp_path / "other", toy_tokenizer, picture=True)
-    assert not (tmp_path / "other").exists()
-
-
 def test_a_long_document_is_encoded_in_pieces(toy_tokenizer, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("The cat sat. " * 50 + "\n" + "Dogs bark! " * 40 + "\n\nWhy?")
     whole = build_store(tmp_path / "a.txt", tmp_path / "whole", toy_tokenizer)
