@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..data import Recipe, build_store, merge_shards
+from ..data.clean import minhash
 from ..data.report import draw_report, figure_class
 from ..data.tokenizer import Tokenizer
 from .common import pick, refuse_filled, say, train_tokenizer
@@ -77,6 +78,8 @@ def prepare(
         raise ValueError("name text with --data, or shards with --merge")
     recipe = pick(options, " ".join(field.name for field in fields(Recipe)))
     Recipe(**recipe)  # refused before a tokenizer is trained
+    if near_dedup is not None:
+        minhash()
     numbers = _parse_shard(shard)
     if numbers and picture:
         raise ValueError("a shard has no report: leave --picture to --merge")
@@ -121,8 +124,8 @@ def _progress() -> Callable[[dict], None]:
 def _finish(out: Path, picture: bool) -> None:
     """Say what the report says, and draw it."""
     report = out / "report.json"
-    if not report.is_file():  # a store of an earlier version
-        return
+    if not report.is_file():
+        return say(f"{out} was there, without a report: it is of an earlier version")
     if picture:
         draw_report(out)
     content = json.loads(report.read_text(encoding="utf-8"))

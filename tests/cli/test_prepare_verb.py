@@ -106,7 +106,7 @@ def test_a_mixture_that_is_none_is_refused(options, expected, corpus, capsys):
     assert not (corpus / "run").exists()
 
 
-def test_a_picture_is_drawn_also_later_or_one_line_says_what_to_install(corpus, capsys, monkeypatch):
+def test_a_picture_is_drawn_also_later_and_one_line_says_which_package_is_missing(corpus, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     command = "prepare --data corpus --out store --vocab-size 200 --valid 0.2"
     assert run(command) == 0 and not (corpus / "store/lengths.png").exists()
@@ -115,6 +115,9 @@ def test_a_picture_is_drawn_also_later_or_one_line_says_what_to_install(corpus, 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("prepare --data corpus --out other --picture") == 2
     assert "pip install 'minibert[viz]'" in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    assert run("prepare --data corpus --out other --near-dedup 0.8") == 2
+    assert "pip install 'minibert[data]'" in capsys.readouterr().err.splitlines()[-1]
     assert not (corpus / "other").exists()
 
 
