@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-MAX_DOCUMENT = 1 << 24  # characters; a file without blank lines is cut here, so that memory stays bounded
+MAX_DOCUMENT = 1 << 22  # characters; a file without blank lines is cut here, so that memory stays bounded
 MAX_LINE = 1 << 26  # bytes; a longer line is no text
 PACKED_SUFFIXES = {".gz", ".zst"}
 ROW_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
