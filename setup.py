@@ -9,7 +9,7 @@ here = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (here / "minibert/__init__.py").read_text()).group(1)
 
 hf = ["transformers>=5.0"]
-data = ["datasets>=4.0"]
+data = ["datasets>=4.0", "pyarrow>=18.0", "rensa>=0.5,<1"]
 viz = ["matplotlib>=3.9"]
 bench = [*hf, *viz, "onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 dev = [

@@ -13,12 +13,12 @@ import jsonargparse
 import yaml
 
 from ..train import Interrupted, NonFiniteError
-from . import classification, kernels, pretraining, profiling, weights
+from . import classification, kernels, preparing, pretraining, profiling, weights
 
 VERBS: dict[str, Callable[..., int | None]] = {
     "demo": weights.demo,
-    "tokenizer": pretraining.tokenizer,
-    "prepare": pretraining.prepare,
+    "tokenizer": preparing.tokenizer,
+    "prepare": preparing.prepare,
     "pretrain": pretraining.pretrain,
     "finetune": classification.finetune,
     "evaluate": classification.evaluate,

@@ -17,6 +17,7 @@ from .. import hub
 from ..config import BertConfig
 from ..data import TokenStore, build_store, read_documents
 from ..data.objectives import check_objectives
+from ..data.text import refuse
 from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
 from ..model import MODELS, BertForMaskedLM, BertForPreTraining
@@ -84,19 +85,27 @@ def check_causal(config: BertConfig, objectives: list[str]) -> None:
         raise ValueError(f"causal={config.causal} does not fit the objectives {', '.join(objectives)}")
 
 
-def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: str) -> Tokenizer:
-    lines = (line for document in read_documents(data, text_column=text_column) for line in document)
+def train_tokenizer(data: list[str], vocab_size: int, cased: bool, text_column: str, skip: bool = False) -> Tokenizer:
+    """A tokenizer for this text; `skip` passes over what cannot be read."""
+    bad = (lambda error: None) if skip else refuse
+    lines = (line for document in read_documents(data, text_column=text_column, bad=bad) for line in document)
     return Tokenizer.train(lines, vocab_size, lowercase=not cased)
 
 
+def find_store(path) -> Path | None:
+    """Where the token store is that a path names, its training side if it is split; None where it is text."""
+    found = (folder for folder in (Path(path), Path(path) / "train") if (folder / "meta.json").is_file())
+    return next(found, None)
+
+
 def open_store(data: list[str], out: Path, tokenizer: str | None, new: Mapping[str, Any]) -> TokenStore:
-    """The store that `data` is, or the one under `out` that is made of it.
+    """The store that `data` is, or its training side, or the one under `out` that is made of it.
 
     `new` holds vocab_size, cased and text_column, for a tokenizer that has to be trained; a store under `out` keeps the
     tokenizer it was made with.
     """
-    if len(data) == 1 and (Path(data[0]) / "meta.json").is_file():
-        store = TokenStore(data[0])
+    if len(data) == 1 and (prepared := find_store(data[0])):
+        store = TokenStore(prepared)
         if tokenizer is not None and Tokenizer.from_pretrained(tokenizer).hash != store.meta["tokenizer_hash"]:
             raise ValueError(
                 f"{data[0]} was built with another tokenizer than {tokenizer}'s: prepare it again with that"

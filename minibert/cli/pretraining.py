@@ -1,5 +1,6 @@
-"""Verbs on unlabelled text: tokenizer, prepare, pretrain, fill-mask, generate."""
+"""Verbs of pretraining: pretrain, fill-mask, generate."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 
 from ..config import PRESETS, BertConfig
-from ..data import OBJECTIVES, PretrainingData, TokenStore, build_store, split_documents
+from ..data import OBJECTIVES, Mixture, PretrainingData, TokenStore, split_documents
 from ..data.masking import UNITS, check_masking
 from ..data.objectives import check_objectives
 from ..data.tokenizer import Tokenizer
@@ -20,18 +21,17 @@ from .common import (
     check_causal,
     check_fractions,
     describe,
+    find_store,
     language_model,
     load,
     open_store,
     pick,
     print_json,
     print_result,
-    refuse_filled,
     resolve_device,
     resolve_model,
     save_options,
     say,
-    train_tokenizer,
 )
 from .flags import (
     Accumulate,
@@ -49,14 +49,11 @@ from .flags import (
     KeepLast,
     LogEvery,
     Lr,
-    MaxDocuments,
     Out,
     Pickle,
     Resume,
     SaveEvery,
     Seed,
-    Texts,
-    Tokens,
     VocabSize,
     Warmup,
 )
@@ -64,51 +61,11 @@ from .flags import (
 SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
 
 
-def tokenizer(
-    *,
-    data: Texts,
-    out: Out,
-    vocab_size: VocabSize = 8192,
-    cased: Cased = False,
-    text_column: DataColumn = "text",
-) -> None:
-    """Train a WordPiece tokenizer.
-
-    Example: minibert tokenizer --data corpus/ --out tokenizer --vocab-size 8192
-    """
-    refuse_filled(out)
-    made = train_tokenizer(data, vocab_size, cased, text_column)
-    made.save_pretrained(out)
-    say(f"{made.vocab_size:,} pieces in {out}")
-
-
-def prepare(
-    *,
-    data: Texts,
-    out: Out,
-    tokenizer: Tokens = None,
-    vocab_size: VocabSize = 8192,
-    cased: Cased = False,
-    text_column: DataColumn = "text",
-    max_documents: MaxDocuments = None,
-) -> None:
-    """Turn text into a token store, which `pretrain --data` reads without preparing it again.
-
-    Example: minibert prepare --data corpus/ --out store --tokenizer tokenizer
-    """
-    made = (
-        train_tokenizer(data, vocab_size, cased, text_column)
-        if tokenizer is None
-        else Tokenizer.from_pretrained(tokenizer)
-    )
-    store = build_store(data, out, made, text_column=text_column, max_documents=max_documents)
-    say(f"{out}: {describe(store)}")
-
-
 def pretrain(
     *,
-    data: Annotated[list[str], "a token store, or text to make one from (kept in --out/data)"],
+    data: Annotated[list[str], "a token store, several with --mix, or text to make one from (in --out/data)"],
     out: Out,
+    mix: Annotated[list[float], "the share of the samples from each of several stores in --data, as 0.7 0.3"] = (),
     model: Annotated[str, f"architecture: {', '.join(PRESETS)}"] = "bert-tiny",
     arch: Arch = {},  # noqa: B006
     init: Annotated[str | None, "directory whose weights to start from, instead of --model"] = None,
@@ -130,7 +87,7 @@ def pretrain(
     max_span: Annotated[int, "tokens of a span, at most"] = 10,
     mask_count: Annotated[int | None, "predict exactly so many tokens of a batch, instead of a share"] = None,
     all_mask: Annotated[bool, "replace every one by [MASK], instead of 80, 10, 10 %"] = False,
-    valid_fraction: Annotated[float, "share of the documents held out"] = 0.05,
+    valid_fraction: Annotated[float, "share of the documents held out, unless `prepare --valid` did that"] = 0.05,
     lr: Lr = 1e-3,
     warmup: Warmup = 0.1,
     weight_decay: Decay = 0.01,
@@ -154,7 +111,7 @@ def pretrain(
     """
     options = dict(locals())
     objectives = [name for name in objectives if nsp or name != "nsp"]
-    causal = any(kind.causal for kind in check_objectives(objectives, weights))
+    check_objectives(objectives, weights)
     config = TrainConfig(
         **pick(options, "steps lr warmup weight_decay clip accumulate seed dtype"),
         **pick(options, "eval_every eval_batches save_every keep_last log_every"),
@@ -167,28 +124,24 @@ def pretrain(
     check_masking(mask_rate, mask_unit, max_span, mask_count)
     check_backend(backend, config.device)
     start = resolve_model(init) if init else None
-    # refused before anything is read or written
-    arch = {"causal": causal} | arch
-    planned = load_config(start).replace(**arch) if start else BertConfig.preset(model, **arch)
-    check_causal(planned, objectives)
-    with torch.device("meta"):
-        language_model(planned)(planned)  # unknown parts, too
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens={batch_tokens} is not positive")
-    if max_length < SHORTEST:
-        raise ValueError(f"max_length={max_length} leaves no room for a pair: at least {SHORTEST}")
-    if max_length > planned.max_position_embeddings:
-        raise ValueError(f"max_length={max_length} exceeds max_position_embeddings={planned.max_position_embeddings}")
+    planned = planned_config(options | {"objectives": objectives}, start)
     with claim(out, resume) as run:
-        store = open_store(data, run.path / "data", tokenizer or (start and str(start)), options)
+        sides = open_sides(options | {"objectives": objectives}, run.path / "data", tokenizer or (start and str(start)))
+        stores = [store for store, _ in sides[0]]
+        store = stores[0]
         samples = pick(options, "seed batch_tokens max_length mask_rate mask_unit whole_word")
         samples |= pick(options, "max_span mask_count all_mask") | {"objectives": objectives}
-        parts = split_documents(store.num_documents, valid_fraction, seed, at_least=2 if "nsp" in objectives else 1)
-        learned, held_out = (PretrainingData(store, store.tokenizer, documents=part, **samples) for part in parts)
+        learned, held_out = (
+            mix_samples([PretrainingData(each, store.tokenizer, documents=ids, **samples) for each, ids in side], mix)
+            for side in sides
+        )
+        arch = {"causal": planned.causal} | arch
         network = new_network(options | {"arch": arch}, start, store.tokenizer, language_model(planned))
-        commonest = commonest_token(store, parts[0])
+        commonest = commonest_token(sides[0])
         save_options(run, "pretrain", options)
-        say(f"{describe(store)}; {len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
+        for each in stores:
+            say(describe(each))
+        say(f"{len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
         result = train(
             network,
             learned,
@@ -200,21 +153,73 @@ def pretrain(
             store.tokenizer,
             parts=learned.parts,
             weights={f"{name}_loss": weight for name, weight in weights.items()},
-            settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(store)},
+            settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(stores, mix)},
         )
     print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
 
 
-def source_of(store: TokenStore) -> dict:
+def planned_config(options: Mapping, start: Path | None) -> BertConfig:
+    """The architecture that the options ask for, refused before anything is read or written where it cannot be."""
+    objectives, max_length = options["objectives"], options["max_length"]
+    arch = {"causal": any(OBJECTIVES[name].causal for name in objectives)} | options["arch"]
+    planned = load_config(start).replace(**arch) if start else BertConfig.preset(options["model"], **arch)
+    check_causal(planned, objectives)
+    with torch.device("meta"):
+        language_model(planned)(planned)  # unknown parts, too
+    if options["batch_tokens"] < 1:
+        raise ValueError(f"batch_tokens={options['batch_tokens']} is not positive")
+    if max_length < SHORTEST:
+        raise ValueError(f"max_length={max_length} leaves no room for a pair: at least {SHORTEST}")
+    if max_length > planned.max_position_embeddings:
+        raise ValueError(f"max_length={max_length} exceeds max_position_embeddings={planned.max_position_embeddings}")
+    return planned
+
+
+def open_sides(options: Mapping, out: Path, tokenizer: str | None) -> list[list[tuple[TokenStore, np.ndarray]]]:
+    """The stores, each with the documents to use, that are learned from; and those that are held out.
+
+    Held out is the store that `prepare --valid` put beside the training text, otherwise a share of the documents.
+    """
+    data, mix = options["data"], options["mix"]
+    if mix and len(mix) != len(data):
+        raise ValueError(f"--mix gives {len(mix)} weights for {len(data)} stores in --data")
+    if mix and (text := [path for path in data if not find_store(path)]):
+        raise ValueError(f"--mix weighs token stores: prepare {text[0]} first")
+    learned, held_out = [], []
+    for paths in [[path] for path in data] if mix else [data]:
+        store = open_store(paths, out, tokenizer, options)
+        if learned and store.meta["tokenizer_hash"] != learned[0][0].meta["tokenizer_hash"]:
+            raise ValueError(f"{paths[0]} was built with another tokenizer than {data[0]}: prepare it again with that")
+        beside = store.path.parent / "valid"
+        if store.meta.get("side") == "train" and (beside / "meta.json").is_file():
+            valid = TokenStore(beside)
+            learned.append((store, np.arange(store.num_documents)))
+            held_out.append((valid, np.arange(valid.num_documents)))
+        else:
+            least = 2 if "nsp" in options["objectives"] else 1
+            parts = split_documents(store.num_documents, options["valid_fraction"], options["seed"], at_least=least)
+            learned.append((store, parts[0]))
+            held_out.append((store, parts[1]))
+    return [learned, held_out]
+
+
+def mix_samples(parts: list[PretrainingData], weights: list[float]) -> PretrainingData:
+    return Mixture(parts, weights) if weights else parts[0]
+
+
+def source_of(stores: list[TokenStore], weights: list[float]) -> dict:
     """What a resumed run must find again: the same text under the same tokenizer."""
-    return {name: store.meta[name] for name in ("counts", "tokenizer_hash", "sources")}
+    known = [{name: store.meta[name] for name in ("counts", "tokenizer_hash", "sources")} for store in stores]
+    return {"mix": weights, "stores": known} if weights else known[0]
 
 
-def commonest_token(store: TokenStore, documents: np.ndarray) -> int:
+def commonest_token(side: list[tuple[TokenStore, np.ndarray]]) -> int:
     """The id that occurs most often in these documents."""
-    counts = np.zeros(store.meta["vocab_size"], dtype=np.int64)
-    for first, last in map(store.document, documents):
-        counts += np.bincount(store.tokens[store.sentences[first] : store.sentences[last]], minlength=len(counts))
+    counts = np.zeros(side[0][0].meta["vocab_size"], dtype=np.int64)
+    for store, documents in side:
+        for first, last in map(store.document, documents):
+            ids = store.tokens[store.sentences[first] : store.sentences[last]]
+            counts += np.bincount(ids, minlength=len(counts))
     return int(counts.argmax())
 
 

@@ -108,10 +108,10 @@ class PretrainingData:
 
     def evaluation_batches(self, limit: int | None = None) -> Iterator[Batch]:
         """One pass over the samples in their order, with the draws of epoch 0; at most `limit` batches."""
-        index = np.arange(len(self))
+        index = self._evaluation_order()
         plan = self.sampler.plan(np.zeros_like(index), index)
         start, count = 0, 0
-        while start < len(self) and (limit is None or count < limit):
+        while start < len(index) and (limit is None or count < limit):
             end = start + self._fill(plan.sizes[start:])
             rows = slice(start, end)
             yield self._build(np.zeros_like(index[rows]), index[rows], plan[rows], index[rows])
@@ -135,9 +135,16 @@ class PretrainingData:
             self._window = (first, last, rows)
 
     def _rows(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray, Plan]:
-        epoch = cursors // len(self)
-        index = permute(self.seed, epoch, cursors % len(self), len(self))
+        epoch, index = self._order(cursors)
         return epoch, index, self.sampler.plan(epoch, index)
+
+    def _order(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch and the index of the sample at each cursor."""
+        epoch = cursors // len(self)
+        return epoch, permute(self.seed, epoch, cursors % len(self), len(self))
+
+    def _evaluation_order(self) -> np.ndarray:
+        return np.arange(len(self))
 
     def _fill(self, sizes: np.ndarray) -> int:
         """How many of these samples fit the budget: one at least."""

@@ -52,7 +52,10 @@ class Plan:
     label: np.ndarray
 
     def __getitem__(self, rows) -> "Plan":
-        return Plan(self.start[rows], self.length[rows], self.label[rows])
+        return Plan(*(column[rows] for column in self.columns()))
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.start, self.length, self.label
 
     @property
     def sizes(self) -> np.ndarray:
@@ -152,20 +155,7 @@ class PairSampler:
 
     def gather(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """The token ids and types of a plan's samples, end to end: [sum of plan.sizes] int64 each."""
-        segments = plan.length.shape[1]
-        # each segment is framed on the right by [SEP], the first also on the left by [CLS]
-        framed = plan.length + 1
-        framed[:, 0] += 1
-        starts, framed, length = plan.start.ravel(), framed.ravel(), plan.length.ravel()
-        ends = np.cumsum(framed)
-        ids = np.empty(ends[-1], dtype=np.int64)
-        text = np.ones(ends[-1], dtype=bool)
-        for place, token in ((ends - 1, self.sep_id), ((ends - framed)[::segments], self.cls_id)):
-            ids[place] = token
-            text[place] = False
-        done = np.cumsum(length)
-        ids[text] = self.store.tokens[np.repeat(starts - done + length, length) + np.arange(done[-1])]
-        return ids, np.repeat(np.arange(len(framed)) % segments, framed)
+        return frame(plan, self.store.tokens.__getitem__, self.cls_id, self.sep_id)
 
     def _draw(self, purpose: int, epoch, index):
         """Four 32-bit words a sample."""
@@ -197,6 +187,24 @@ class PairSampler:
         count = len(order)
         share = (0.5 * count - single) / (count - single) if single < count else 0.0
         self._random_below = int(max(share, 0.0) * 2.0**32)
+
+
+def frame(plan: Plan, read, cls_id: int, sep_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and types of a plan's samples with their special tokens; `read` gives the tokens at offsets."""
+    segments = plan.length.shape[1]
+    # each segment is framed on the right by [SEP], the first also on the left by [CLS]
+    framed = plan.length + 1
+    framed[:, 0] += 1
+    starts, framed, length = plan.start.ravel(), framed.ravel(), plan.length.ravel()
+    ends = np.cumsum(framed)
+    ids = np.empty(ends[-1], dtype=np.int64)
+    text = np.ones(ends[-1], dtype=bool)
+    for place, token in ((ends - 1, sep_id), ((ends - framed)[::segments], cls_id)):
+        ids[place] = token
+        text[place] = False
+    done = np.cumsum(length)
+    ids[text] = read(np.repeat(starts - done + length, length) + np.arange(done[-1]))
+    return ids, np.repeat(np.arange(len(framed)) % segments, framed)
 
 
 def _cut_long_sentences(store: TokenStore, documents: np.ndarray, room: int):

@@ -1,38 +1,61 @@
-"""Files and folders of text -> documents -> sentences, one document in memory at a time."""
+"""Files and folders of text -> documents, one document in memory at a time."""
 
 import csv
 import difflib
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-MAX_DOCUMENT = 1 << 24  # characters; a file without blank lines is cut here, so that memory stays bounded
+MAX_DOCUMENT = 1 << 22  # characters; a file without blank lines is cut here, so that memory stays bounded
+MAX_LINE = 1 << 26  # bytes; a longer line is no text
+PACKED_SUFFIXES = {".gz", ".zst"}
 ROW_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
 
-def read_documents(paths, *, text_column: str = "text") -> Iterator[list[str]]:
+def refuse(error: ValueError) -> None:
+    """What is done with a broken record, unless the caller knows better."""
+    raise error
+
+
+def read_documents(
+    paths, *, text_column: str = "text", bad: Callable[[ValueError], None] = refuse
+) -> Iterator[list[str]]:
     """The documents of files and folders, each a list of paragraphs without surrounding blanks.
 
     Formats: `.txt` and unknown suffixes (documents between blank lines, a paragraph a line); WikiExtractor's `<doc …>`
     whatever the suffix; `.jsonl`/`.ndjson`/`.json` (an object a line), `.csv`, `.tsv` and `.parquet`, where a row is a
-    document.
+    document. All but parquet also as `.gz` and `.zst`.
     Args:
         paths: a path or several; folders are read recursively in sorted order, without hidden files.
         text_column: the column or field that holds the text of a row.
+        bad: gets the error of each record that cannot be read, a line or row, and may let it pass.
     Raises:
         ValueError: a path is missing or holds no text, or a file is not UTF-8, is broken, or has no such column.
     """
     for path in as_paths(paths):
         found = False
         for file in list_files(path):
-            for document in _read_file(file, text_column):
-                paragraphs = [stripped for paragraph in document if (stripped := paragraph.strip())]
-                if paragraphs:
-                    found = True
-                    yield paragraphs
+            for document in read_file(file, text_column, bad):
+                found = True
+                yield document
         if not found:
-            raise ValueError(f"{path} holds no text")
+            raise no_text(path)
+
+
+def read_file(file: Path, text_column: str, bad: Callable[[ValueError], None] = refuse) -> Iterator[list[str]]:
+    """The documents of one file, see `read_documents`."""
+    for document in _read_file(file, text_column, bad):
+        paragraphs = [stripped for paragraph in document if (stripped := paragraph.strip())]
+        if paragraphs:
+            yield paragraphs
+
+
+def no_text(path: Path) -> ValueError:
+    return ValueError(f"{path} holds no text")
 
 
 def as_paths(paths) -> list[Path]:
@@ -56,41 +79,64 @@ def list_files(path: Path) -> list[Path]:
     return shown
 
 
-def _read_file(file: Path, text_column: str) -> Iterator[list[str]]:
-    suffix = file.suffix.lower()
+def _read_file(file: Path, text_column: str, bad) -> Iterator[list[str]]:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    packed = suffixes[-1:] and suffixes[-1] in PACKED_SUFFIXES
+    suffix = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
     if suffix not in ROW_SUFFIXES:
-        return _wiki_documents(file) if _first_line(file).startswith("<doc ") else _plain_documents(file)
+        first = next((line for line in read_lines(file, bad=lambda error: None) if line.strip()), "")
+        return _wiki_documents(file, bad) if first.startswith("<doc ") else _plain_documents(file, bad)
     if suffix == ".parquet":
-        rows = _parquet_rows(file, text_column)
+        if packed:
+            raise ValueError(f"{file}: parquet is compressed inside: unpack the file")
+        rows = _parquet_rows(file, text_column, bad)
     elif suffix in (".csv", ".tsv"):
-        rows = _table_rows(file, text_column, suffix)
+        rows = _table_rows(file, text_column, suffix, bad)
     else:
-        rows = _json_rows(file, text_column)
+        rows = _json_rows(file, text_column, bad)
     return (text.splitlines() for text in rows)
 
 
-def read_lines(file: Path) -> Iterator[str]:
+def read_lines(file: Path, bad: Callable[[ValueError], None] = refuse) -> Iterator[str]:
     """Lines with their line ends, decoded one by one, so that an error can say where it is."""
     try:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
+        with _open(file) as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
+                if len(line) == MAX_LINE:
+                    raise ValueError(f"{file}:{number}: a line of more than {MAX_LINE >> 20} MB: is it text?")
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     byte = line[error.start]
-                    raise ValueError(f"{file}:{number}: byte 0x{byte:02x} is not UTF-8: convert the file") from None
-                yield text
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from None
+                    bad(ValueError(f"{file}:{number}: byte 0x{byte:02x} is not UTF-8: convert the file"))
+                else:
+                    yield text
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _first_line(file: Path) -> str:
-    return next((line for line in read_lines(file) if line.strip()), "")
+def _open(file: Path):
+    """A stream of bytes, unpacked where the suffix says so."""
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(file)
+    if suffix == ".zst":
+        return io.BufferedReader(_pyarrow(file).input_stream(str(file), compression="zstd"), 1 << 20)
+    return open(file, "rb")
 
 
-def _plain_documents(file: Path) -> Iterator[list[str]]:
+def _pyarrow(file: Path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{file}: {file.suffix[1:]} needs more packages: pip install 'minibert[data]'") from None
+    return pyarrow
+
+
+def _plain_documents(file: Path, bad) -> Iterator[list[str]]:
     document, size = [], 0
-    for line in read_lines(file):
+    for line in read_lines(file, bad):
         if line.strip() and size < MAX_DOCUMENT:
             document.append(line)
             size += len(line)
@@ -100,10 +146,10 @@ def _plain_documents(file: Path) -> Iterator[list[str]]:
     yield document
 
 
-def _wiki_documents(file: Path) -> Iterator[list[str]]:
+def _wiki_documents(file: Path, bad) -> Iterator[list[str]]:
     """WikiExtractor's format; the line that repeats the title is left out."""
     document, title, opened = None, None, 0
-    for number, line in enumerate(read_lines(file), 1):
+    for number, line in enumerate(read_lines(file, bad), 1):
         if line.startswith("<doc ") and document is None:
             match = re.search(r'title="(.*)"', line)
             document, title, opened = [], match and match[1], number
@@ -114,60 +160,71 @@ def _wiki_documents(file: Path) -> Iterator[list[str]]:
             if line.strip():
                 document.append(line)
         elif line.strip():
-            raise ValueError(f"{file}:{number}: text outside of <doc …> and </doc>")
+            bad(ValueError(f"{file}:{number}: text outside of <doc …> and </doc>"))
     if document is not None:
-        raise ValueError(f"{file}:{opened}: this <doc …> is never closed: the file is cut off")
+        bad(ValueError(f"{file}:{opened}: this <doc …> is never closed: the file is cut off"))
 
 
-def _json_rows(file: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(read_lines(file), 1):
+def _json_rows(file: Path, column: str, bad) -> Iterator[str]:
+    for number, line in enumerate(read_lines(file, bad), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
-            raise ValueError(f"{file}:{number}: broken JSON, expected one object a line: {reason}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}:{number}: expected a JSON object, got {type(row).__name__}")
-        if column not in row:
-            raise unknown_column(f"{file}:{number}", column, row)
-        yield _as_text(row[column], f"{file}:{number}", column)
+            yield _json_text(line, f"{file}:{number}", column)
+        except ValueError as error:
+            bad(error)
 
 
-def _table_rows(file: Path, column: str, suffix: str) -> Iterator[str]:
+def _json_text(line: str, where: str, column: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise ValueError(f"{where}: broken JSON, expected one object a line: {reason}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if column not in row:
+        raise unknown_column(where, column, row)
+    return _as_text(row[column], where, column)
+
+
+def _table_rows(file: Path, column: str, suffix: str, bad) -> Iterator[str]:
     csv.field_size_limit(1 << 30)  # the default refuses a field beyond 128 KB
     quoting = csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE  # tsv files are published unquoted
-    rows = csv.reader(read_lines(file), delimiter="," if suffix == ".csv" else "\t", quoting=quoting, strict=True)
-    try:
-        header = next(rows, [])
-        if header and column not in header:
-            raise unknown_column(file, column, header)
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise ValueError(f"{file}:{rows.line_num}: {len(row)} columns, the header has {len(header)}")
+    rows = csv.reader(read_lines(file, bad), delimiter="," if suffix == ".csv" else "\t", quoting=quoting, strict=True)
+    header = None
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            bad(ValueError(f"{file}:{rows.line_num}: {error}"))
+            continue
+        if header is None:
+            header = row
+            if header and column not in header:
+                raise unknown_column(file, column, header)
+        elif row and len(row) != len(header):
+            bad(ValueError(f"{file}:{rows.line_num}: {len(row)} columns, the header has {len(header)}"))
+        elif row:
             yield row[header.index(column)]
-    except csv.Error as error:
-        raise ValueError(f"{file}:{rows.line_num}: {error}") from None
 
 
-def _parquet_rows(file: Path, column: str) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{file}: parquet needs more packages: pip install 'minibert[data]'") from None
+def _parquet_rows(file: Path, column: str, bad) -> Iterator[str]:
+    pyarrow = _pyarrow(file)
     try:
         table = pyarrow.parquet.ParquetFile(file)
         if column not in table.schema_arrow.names:
             raise unknown_column(file, column, table.schema_arrow.names)
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        for batch in table.iter_batches(batch_size=64, columns=[column]):
             for text in batch.column(0).to_pylist():
                 number += 1
-                yield _as_text(text, f"{file}: row {number}", column)
+                try:
+                    yield _as_text(text, f"{file}: row {number}", column)
+                except ValueError as error:
+                    bad(error)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a readable parquet file: {str(error).splitlines()[0]}") from None
 
@@ -184,66 +241,3 @@ def _as_text(value, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, expected text")
     return value
-
-
-# a full stop, then blanks and something that may open a sentence; or a Chinese or Japanese full stop. Possessive, and
-# only at the first of several stops: a line of a million dots takes linear time
-_END = re.compile(
-    r"""(?<![.!?…])[.!?…]++["'”’»)\]]*+\s++(?=["'“‘«(\[]*+[^\sa-zß-öø-ÿα-ωа-яё.,;:!?)\]])"""
-    r"""|(?<![。！？])[。！？]++["”’」』）]*+\s*+(?=\S)"""
-)
-_DOTTED = re.compile(r"(?:[^\W\d_]\.)+[^\W\d_]")
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_TITLES = _words(
-    """mr mrs ms dr prof rev hon st sen rep gov gen col maj capt lt sgt cmdr adm pres messrs mt ft vs cf viz
-    approx ca esp al e.g i.e"""
-)
-_BEFORE_NUMBERS = _words("no nos p pp fig figs vol ch sec art eq ed jan feb mar apr jun jul aug sep sept oct nov dec c")
-_ENDINGS = _words("jr sr inc ltd co corp bros etc ave blvd")
-_STARTERS = _words(
-    """the a an this that these those he she it they we you i in on at by for from as after before when while
-    if since although however but and its his her their our there here no not some many most all both one two such
-    with"""
-)
-
-
-def split_sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph, without surrounding blanks.
-
-    Splits after . ! ? … and their quotes and brackets where a capital, digit or opening mark follows, but not after
-    titles, initials, abbreviations and list numbers; and after 。！？. Decimals and inner dots (3.14, minibert.data)
-    never split.
-    """
-    sentences, start = [], 0
-    for match in _END.finditer(paragraph):
-        if paragraph[match.start()] == "." and not _ends_sentence(paragraph, start, match):
-            continue
-        sentences.append(paragraph[start : match.end()].strip())
-        start = match.end()
-    sentences.append(paragraph[start:].strip())
-    return [sentence for sentence in sentences if sentence]
-
-
-def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
-    """Whether the full stop of `match` ends the sentence that begins at `start`, judged by its two neighbours."""
-    if text[match.start() : match.end()].rstrip() != ".":
-        return True  # an ellipsis, or a quote or bracket after the full stop
-    before = text[max(start, match.start() - 24) : match.start()].rsplit(None, 1)
-    word = before[-1].lstrip("\"'“‘«([") if before else ""
-    lower = word.lower()
-    if lower in _TITLES:
-        return False
-    after = text[match.end() : match.end() + 16].lstrip("\"'“‘«([").split(None, 1)
-    following = after[0].rstrip(",.;:").lower() if after else ""
-    if lower in _BEFORE_NUMBERS:
-        return not following[:1].isdigit()
-    if lower in _ENDINGS or _DOTTED.fullmatch(word):
-        return following in _STARTERS
-    if len(word) == 1 and word.isupper() and word != "I":
-        return following in _STARTERS
-    return not (word.isdigit() and len(word) < 3 and text[start : match.start()].strip() == word)

@@ -19,7 +19,8 @@ from ..files import write_atomically
 
 SPECIAL_TOKENS = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 MAX_LENGTH = 512  # BERT's number of positions, where the files name none
-MAX_ALPHABET = 1000
+MAX_ALPHABET = 1000  # characters, where these cover the text
+COVERAGE = 0.9995
 TRUNCATION = {True: "longest_first", "longest_first": "longest_first", "only_first": "only_first"}
 TRUNCATION |= {"only_second": "only_second", False: None, None: None, "do_not_truncate": None}
 PADDING = {
@@ -409,8 +410,11 @@ def _train_pieces(words: Counter, vocab_size: int, min_frequency: int) -> list[s
     for word, count in words.items():
         for character in word:
             characters[character] += count
-    limit = max(100, min(MAX_ALPHABET, vocab_size // 8))
-    common = sorted(characters, key=lambda c: (-characters[c], c))[:limit]
+    common = sorted(characters, key=lambda c: (-characters[c], c))
+    # many are needed where a character is a word, as in Chinese: as many as cover the text
+    covered = np.cumsum([characters[c] for c in common]) < COVERAGE * characters.total()
+    limit = max(100, min(MAX_ALPHABET, vocab_size // 8), min(int(covered.sum()) + 1, vocab_size // 2))
+    common = common[:limit]
     known = set(common)
     words = {word: count for word, count in sorted(words.items()) if known.issuperset(word)}
     inner = sorted({f"##{character}" for word in words for character in word[1:]})

@@ -1,11 +1,11 @@
+import gzip
 import json
 import sys
-import time
 
 import pytest
 
 from minibert.data.sample import write_sample_corpus
-from minibert.data.text import read_documents, split_sentences
+from minibert.data.text import read_documents, read_file
 
 
 def write(path, text):
@@ -51,6 +51,53 @@ def test_rows_of_every_table_format_are_documents(tmp_path):
     for name in ("a.jsonl", "b.csv", "c.parquet"):
         assert list(read_documents(tmp_path / name, text_column="body")) == expected, name
     assert list(read_documents(tmp_path, text_column="body")) == expected * 3
+
+
+def test_gz_and_zst_are_read_like_what_is_inside(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    wiki = '<doc id="1" url="u" title="A">\nA\nFirst é.\n</doc>\n'
+    inner = {"a.txt": "one\n\ntwo", "b.jsonl": '{"text": "three"}\n', "c.csv": "text\nfour\n", "wiki_00": wiki}
+    for name, text in inner.items():
+        write(tmp_path / f"{name}.gz", gzip.compress(text.encode()))
+        with pyarrow.output_stream(str(tmp_path / f"{name}.zst"), compression="zstd") as stream:
+            stream.write(text.encode())
+    expected = [["one"], ["two"]] * 2 + [["three"]] * 2 + [["four"]] * 2 + [["First é."]] * 2
+    assert list(read_documents(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_that_is_cut_off_or_none_is_refused(tmp_path, suffix):
+    pyarrow = pytest.importorskip("pyarrow")
+    with pyarrow.output_stream(str(tmp_path / "a"), compression={"gz": "gzip", "zst": "zstd"}[suffix]) as stream:
+        stream.write("".join(f"line {i}\n\n" for i in range(10_000)).encode())
+    whole = (tmp_path / "a").read_bytes()
+    path = tmp_path / f"a.txt.{suffix}"
+    for raw in (whole[: len(whole) // 2], whole[:-1], b"no archive at all"):
+        refuses(write(path, raw), path.name, "cannot be read")
+
+
+def test_a_compressed_parquet_file_and_a_line_without_end_are_refused(tmp_path, monkeypatch):
+    refuses(write(tmp_path / "a.parquet.gz", gzip.compress(b"")), "a.parquet.gz", "unpack")
+    monkeypatch.setattr("minibert.data.text.MAX_LINE", 1 << 20)
+    refuses(write(tmp_path / "a.txt", b"short\n" + b"x" * (1 << 20)), "a.txt:2", "1 MB")
+
+
+def test_broken_records_may_be_left_out_one_by_one(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
+    write(tmp_path / "a.txt", b"a\n\xff\n\nb\n")
+    write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": \n[]\n{"txt": ""}\n{"text": 3}\n\xff\n{"text": "b"}\n')
+    write(tmp_path / "a.csv", b'n,text\n1,a\n2\n3,b,c\n4,\xff\n5,b\n6,"\n')
+    write(tmp_path / "wiki", b"<doc id=1>\na\n</doc>\nstray\n<doc id=2>\nb\n</doc>\n<doc id=3>\nc\n")
+    for name, count in {"a.parquet": 1, "a.txt": 1, "a.jsonl": 5, "a.csv": 4, "wiki": 2}.items():
+        errors = []
+        assert list(read_file(tmp_path / name, "text", errors.append)) == [["a"], ["b"]], name
+        assert len(errors) == count and all(str(tmp_path / name) in str(error) for error in errors)
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        with pytest.raises(ValueError, match="body"):  # the column is not in the file at all
+            list(read_file(tmp_path / name, "body"))
 
 
 def test_quotes_in_a_tsv_are_text(tmp_path):
@@ -125,45 +172,6 @@ def test_broken_and_unreadable_parquet_is_refused(tmp_path, monkeypatch):
     refuses(tmp_path / "b.parquet", "row 1", "int", text_column="n")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refuses(tmp_path / "b.parquet", "minibert[data]", text_column="body")
-
-
-@pytest.mark.parametrize(
-    "sentences",
-    [
-        ["It rained.", "We stayed in!", "Why?", "Because."],
-        ["Dr. Smith met J. R. Jones at 3 p.m. on Jan. 5, 1999.", "They talked."],
-        ["It costs 3.50 dollars, i.e. 3.14 euros, see Fig. 2 and p. 7.", "2 more came."],
-        ["He said “No.”", "She left.", "(It was late.)", '"Why?"', "Nobody knew."],
-        ["The U.S. Army moved.", "It left the U.S.", "The rest stayed."],
-        ["Wait... what?", "Elizabeth I.", "The queen."],
-        ["1. Open the box.", "2. Close it."],
-        ["The answer is no.", "Some disagree."],
-        ["minibert.data reads text, e.g. Wikipedia.", "Also v2.0 of it."],
-        ["Visit example.com now.", "Über allem.", "Élan."],
-        ["lower case. after a full stop stays"],
-        ["no full stop at all"],
-    ],
-)
-def test_sentences_end_where_a_reader_ends_them(sentences):
-    assert split_sentences("  " + " ".join(sentences) + " ") == sentences
-
-
-def test_chinese_and_japanese_sentences_need_no_blank():
-    assert split_sentences("你好。「很好！」再见？好") == ["你好。", "「很好！」", "再见？", "好"]
-
-
-def test_sentences_keep_every_character_but_blanks():
-    text = "A b.  C?! “D.” e.g. F.. G… H 3. 4.\t5! 中。文"
-    assert "".join("".join(split_sentences(text)).split()) == "".join(text.split())
-    assert split_sentences(" \n ") == []
-
-
-def test_long_lines_without_a_sentence_are_split_in_linear_time():
-    start = time.perf_counter()
-    assert len(split_sentences("A. " * 300_000)) >= 1
-    assert split_sentences("." * 3_000_000) == ["." * 3_000_000]
-    assert split_sentences("!)" * 500_000 + "a")
-    assert time.perf_counter() - start < 10
 
 
 def test_the_sample_corpus_has_every_topic_as_a_document_and_unwraps_its_lines(tmp_path):
