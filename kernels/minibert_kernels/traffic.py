@@ -247,21 +247,26 @@ def cases() -> list[Case]:
     }
     for op, (call, tensor, forward, backward) in moves.items():
         found.append(Case(op=op, call=call, activations=(tensor,), forward=forward, backward=backward))
-    special, ids = torch.arange(250) < 5, ids.repeat(8) % 250  # so few that all of a table is read
+    return [*found, *_mlm_mask_cases(), *_lamb_cases()]
+
+
+def _mlm_mask_cases():
+    special, ids = torch.arange(250) < 5, torch.arange(2048) * 7 % 250  # so few that all of a table is read
     continues, ordinary = torch.arange(250) % 4 == 0, torch.arange(5, 250)
     cuts = torch.arange(0, len(ids) + 1, 64, dtype=torch.int32)
     for unit in ("token", "word", "span"):
         known = {"special": special, "ordinary": ordinary} | ({"continues": continues} if unit == "word" else {})
         tables = sum(table.nbytes for table in known.values())
-        found.append(
-            Case(
-                op="mlm_mask", label=unit,
-                call=lambda i, unit=unit, known=known: mlm_mask(
-                    i, cuts, 64, mask_id=4, unit=unit, **known, backend="triton"
-                ),
-                activations=(ids,), forward=3 * ids.nbytes + tables, backward=0,
-            )
+        yield Case(
+            op="mlm_mask", label=unit,
+            call=lambda i, unit=unit, known=known: mlm_mask(
+                i, cuts, 64, mask_id=4, unit=unit, **known, backend="triton"
+            ),
+            activations=(ids,), forward=3 * ids.nbytes + tables, backward=0,
         )  # fmt: skip
+
+
+def _lamb_cases():
     for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
         for adapt in (True, False):
             weights, moments = ([torch.zeros(64, WIDTH, dtype=t)] for t in (dtype, torch.float32))
@@ -269,16 +274,11 @@ def cases() -> list[Case]:
             own, of_moments = 3 * weights[0].nbytes, 4 * moments[0].nbytes
             # the trust ratio is known when all was read: the update reads weight and moments again
             again = weights[0].nbytes + 2 * moments[0].nbytes if adapt else 0
-            found.append(
-                Case(
-                    op="lamb_step", label=name + ("" if adapt else " without trust ratio"),
-                    call=lambda x, s=states, a=adapt: (
-                        lamb_step(*s, lr=1e-3, step=1, adapt=a, backend="triton"), x
-                    )[1:],
-                    activations=(x,), forward=own + of_moments + again, backward=0,
-                )
+            yield Case(
+                op="lamb_step", label=name + ("" if adapt else " without trust ratio"),
+                call=lambda x, s=states, a=adapt: (lamb_step(*s, lr=1e-3, step=1, adapt=a, backend="triton"), x)[1:],
+                activations=(moments[0],), forward=own + of_moments + again, backward=0,
             )  # fmt: skip
-    return found
 
 
 def main() -> int:

@@ -27,8 +27,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import minibert_kernels
-
 from . import embedding, gelu, lamb, layer_norm, masking, packing, segment
 from ._triton import AVAILABLE, triton
 from .attention import aot_cases as attention_cases
@@ -37,14 +35,11 @@ from .launch import FP_FUSION, AotCase
 from .linear_cross_entropy import aot_cases as cross_entropy_cases
 from .roofline import (
     GPUS,
-    HEADS,
     LAUNCH,
-    LENGTH,
     LENGTHS,
     MATRIX_SHARE,
     MODELS,
     STEP_TOKENS,
-    TOKENS,
     TYPICAL,
     kernel_work,
     occupancy,
@@ -52,6 +47,7 @@ from .roofline import (
     step_rows,
     step_text,
 )
+from .xray_text import KEY, diff, markdown, table
 
 ARCHITECTURES = (80, 90, 100, 120)
 MODULES = (gelu, layer_norm, embedding, segment, packing, masking, lamb)
@@ -66,11 +62,6 @@ FACTS = (
 )  # fmt: skip
 COUNTED = (
     "op", "label", "forward", "forward_over_minimum", "backward", "backward_over_minimum", "saved",
-)  # fmt: skip
-KEY = ("op", "direction", "plan", "kernel", "arch")  # which row of an old table is which of a new one
-DIFFED = (
-    "num_warps", "num_stages", "registers", "spilled_bytes", "stack", "shared_bytes", "occupancy", "limiter",
-    "wide_share", "mma", "bytes_over_minimum",
 )  # fmt: skip
 
 
@@ -324,7 +315,7 @@ class Counting:
     """
 
     def __init__(self, ops):
-        sources = [p for p in sorted(LIMITS.parent.glob("*.py")) if p.stem not in ("xray", "roofline")]
+        sources = [p for p in sorted(LIMITS.parent.glob("*.py")) if p.stem not in ("xray", "xray_text", "roofline")]
         key = _digest((triton.__version__, [(path.name, path.read_text(encoding="utf-8")) for path in sources]))
         self.paths = {op: _cache_folder() / f"traffic-{op}-{key}.json" for op in ops}
         self.found = {op: _read(path, COUNTED) for op, path in self.paths.items()}
@@ -471,97 +462,6 @@ def _measured(rows, counts):
             yield name, "bytes_over_minimum", count[key], f"moves {count[key]:.3f} times its least bytes"
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as aligned text, and below what the times are of."""
-    lines = [list(COLUMNS), *([str(cell(row)) for cell in COLUMNS.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = [str.ljust if name in ("kernel", "limiter", "mma", "bound") else str.rjust for name in COLUMNS]
-    text = [
-        "  ".join(side(cell, width) for side, cell, width in zip(sides, cells, widths, strict=True)).rstrip()
-        for cells in lines
-    ]
-    if gpus := dict.fromkeys(f"{row.gpu} (sm_{row.arch})" for row in rows if row.gpu):
-        batch = f"{TOKENS} tokens, {HEADS} heads, sequences of {LENGTH}, or BERT-base's parameters"
-        text += ["", f"us: {batch}, on {', '.join(gpus)}"]
-    return "\n".join(text)
-
-
-def _or_dash(value, form=""):
-    return "-" if value is None else format(value, form)
-
-
-def _rounded(number):
-    """123, 45.6k, 7.8M."""
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:g}"
-
-
-# of the text table: what a row says under each heading
-COLUMNS = {
-    "kernel": lambda r: f"{r.op} {r.direction} {r.plan}", "sm": lambda r: r.arch, "warps": lambda r: r.num_warps,
-    "stages": lambda r: r.num_stages, "regs": lambda r: r.registers, "spill": lambda r: r.spilled_bytes,
-    "stack": lambda r: r.stack, "shared": lambda r: r.shared_bytes, "occ": lambda r: f"{r.occupancy:.0%}",
-    "limiter": lambda r: r.limiter.split()[0], "mma": lambda r: _matrix_text(r),
-    "wide": lambda r: _or_dash(r.wide_share, ".0%"), "bytes": lambda r: _or_dash(r.bytes_over_minimum, ".3f"),
-    "FLOP": lambda r: "-" if r.flops_per_unit is None else _rounded(r.flops_per_unit),
-    "FLOP/B": lambda r: _or_dash(r.intensity, "g"), "us": lambda r: _or_dash(r.predicted_us, ".1f"),
-    "bound": lambda r: r.bound or "-",
-}  # fmt: skip
-
-
-def markdown(rows: list[Row], counts: list[dict]) -> str:
-    """The tables of kernels/README.md: bytes an op (`traffic`), and what became of each plan on each architecture."""
-    lines = ["| op | case | file | lines | fwd bytes / minimum | bwd bytes / minimum | saved bytes a token |"]
-    lines.append("|---" * 7 + "|")
-    for c in counts:
-        file = Path(sys.modules[getattr(minibert_kernels, c["op"]).__module__].__file__)
-        lines.append(
-            f"| `{c['op']}` | {c['label'] or '–'} | `{file.name}` | {len(file.read_text().splitlines())} "
-            f"| {c['forward_over_minimum']:.3f} | {c['backward_over_minimum'] or '–'} | {c['saved']:g} |"
-        )
-    architectures = sorted({r.arch for r in rows})
-    found = {}
-    for r in rows:
-        cell = f"{r.registers} / {r.spilled_bytes} / {r.shared_bytes} / {r.occupancy:.0%}"
-        cell += f" / {_matrix_text(r)}" if r.matmul else ""
-        found.setdefault((r.op, f"{r.direction}, {r.plan}", r.kernel), {})[r.arch] = cell
-    lines += ["", "| op | plan | kernel | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |"]
-    lines.append("|---" * (3 + len(architectures)) + "|")
-    for (op, plan, kernel), by_arch in found.items():
-        numbers = " | ".join(by_arch.get(arch, "–") for arch in architectures)
-        lines.append(f"| `{op}` | {plan} | `{kernel}` | {numbers} |")
-    return "\n".join(lines)
-
-
-def _matrix_text(row: Row) -> str:
-    return " ".join(f"{n} {kind}" for kind, n in row.mma.items()) or "-"
-
-
-def diff(old: list[dict], new: list[dict]) -> str:
-    """A line for each row that changed, is new or is gone."""
-    by_name = [{tuple(row[k] for k in KEY): row for row in rows} for rows in (old, new)]
-    lines = []
-    for key, row in by_name[1].items():
-        name, before = f"{' '.join(key[:3])} sm_{key[4]}", by_name[0].get(key)
-        if before is None:
-            lines.append(f"new      {name}")
-            continue
-        changes = [_change(k, before.get(k), row[k]) for k in DIFFED if before.get(k) != row[k]]
-        if changes:
-            lines.append(f"changed  {name}: {', '.join(changes)}")
-    lines += [f"gone     {' '.join(key[:3])} sm_{key[4]}" for key in by_name[0] if key not in by_name[1]]
-    return "\n".join(lines) or "no difference"
-
-
-def _change(key, before, after):
-    if isinstance(before, dict) or isinstance(after, dict):
-        before, after = (" ".join(f"{n} {kind}" for kind, n in (x or {}).items()) or "none" for x in (before, after))
-    numbers = all(isinstance(x, int | float) for x in (before, after))
-    return f"{key} {before} → {after}" + (f" ({after - before:+.4g})" if numbers else "")
-
-
 def code(pattern: str, architectures, kind: str) -> str:
     """The "ptx" or "sass" of the cases whose "op direction plan" the pattern matches."""
     texts = []
@@ -587,6 +487,8 @@ def run(
         RuntimeError: a kernel does not compile, or cannot be counted.
     """
     arch = _check(only, arch, gpu, step, (ptx, sass), lengths, tokens, matrix_share, processes)
+    if as_json + as_markdown + (diff_with is not None) > 1:
+        raise ValueError("json, markdown and diff exclude each other: one of them is printed")
     if ptx is not None or sass is not None:
         print(code(sass if ptx is None else ptx, arch, "sass" if ptx is None else "ptx"))
         return 0
