@@ -77,7 +77,7 @@ class MetricsLog:
 class Progress:
     """A bar on a terminal; elsewhere at most a line every ten seconds, and one for every evaluation."""
 
-    def __init__(self, total: int, start: int = 0, stream=None):
+    def __init__(self, total: int | None, start: int = 0, stream=None):
         self.total, self.start, self.stream = total, start, sys.stderr if stream is None else stream
         self.bar, self.last = None, -math.inf
 
@@ -110,7 +110,8 @@ class Progress:
                 self.bar.console.print(f"step {record['step']}  {text}", highlight=False)
         elif evaluated or time.monotonic() - self.last >= QUIET_SECONDS:
             self.last = time.monotonic()
-            print(f"step {record['step']}/{self.total}  {text}", file=self.stream, flush=True)
+            of = "" if self.total is None else f"/{self.total}"
+            print(f"step {record['step']}{of}  {text}", file=self.stream, flush=True)
 
 
 def _line(record: Mapping) -> str:

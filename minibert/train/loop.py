@@ -33,7 +33,7 @@ from . import checkpoint
 from .checkpoint import Run, claim
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
-from .schedule import SCHEDULES
+from .schedule import SCHEDULES, factor
 
 Dtype = Literal["float32", "bfloat16"]
 Mode = Literal["lower", "higher"]
@@ -68,8 +68,10 @@ class Interrupted(KeyboardInterrupt):
 class TrainConfig:
     """How to train. `None` for eval_every or save_every means at the end only.
 
-    steps: optimizer steps. optimizer: adamw or lamb. lr: the peak learning rate.
-    warmup: a whole number of steps, or a fraction of `steps` (a float in [0, 1)).
+    steps: optimizer steps; or instead minutes, on the clock, all processes of a resumed run together.
+    lr: the peak learning rate. warmup: a whole number of steps, or a fraction of the run (a float in [0, 1)).
+    schedule: a word of `SCHEDULES`, down to final_lr times the peak; for decay and power see `schedule.factor`.
+    optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
     clip: largest norm of the gradient, None for no limit. accumulate: micro-batches a step.
     dtype: bfloat16 is autocast; weights and optimizer stay float32.
     eval_batches: handed to the evaluation, None for everything.
@@ -77,12 +79,19 @@ class TrainConfig:
     Raises ValueError, naming field, value and what is expected.
     """
 
-    steps: int
+    steps: int | None = None
+    minutes: float | None = None
     optimizer: str = "adamw"
     lr: float = 1e-4
     warmup: int | float = 0.1
     schedule: str = "linear"
+    final_lr: float = 0.0
+    decay: float = 0.1
+    power: float = 1.0
     weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
     clip: float | None = 1.0
     accumulate: int = 1
     seed: int = 0
@@ -97,20 +106,28 @@ class TrainConfig:
     device: str = "cpu"
 
     def __post_init__(self):
-        optional = ("eval_every", "eval_batches", "save_every")
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"steps={self.steps!r} and minutes={self.minutes!r}: give one of the two")
+        optional = ("steps", "eval_every", "eval_batches", "save_every")
         for name in ("steps", "accumulate", "keep_last", "log_every", *optional):
             value = getattr(self, name)
             if not (name in optional and value is None) and (not _is_whole(value) or value < 1):
                 raise ValueError(f"{name}={value!r} is not a positive whole number{' or null' * (name in optional)}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
-        for name in ("lr", "clip"):
+        for name in ("lr", "eps", "clip", "minutes", "decay", "power"):
             value = getattr(self, name)
-            if not (name == "clip" and value is None) and (not _is_number(value) or value <= 0):
+            if not (name in ("clip", "minutes") and value is None) and (not _is_number(value) or value <= 0):
                 raise ValueError(f"{name}={value!r} is not a positive number")
+        for name in ("beta1", "beta2"):
+            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not in [0, 1)")
+        if not _is_number(self.final_lr) or not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr={self.final_lr!r} is not a share of the peak, in [0, 1]")
         if not _is_number(self.weight_decay) or self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay!r} is not a number from 0")
-        if not _is_number(self.warmup) or not 0 <= self.warmup < (self.steps if _is_whole(self.warmup) else 1):
+        most = (self.steps or 1) if _is_whole(self.warmup) else 1
+        if not _is_number(self.warmup) or not 0 <= self.warmup < most:
             raise ValueError(
                 f"warmup={self.warmup!r} is neither a fraction in [0, 1) nor fewer than steps={self.steps}"
             )
@@ -123,6 +140,16 @@ class TrainConfig:
     @property
     def warmup_steps(self) -> int:
         return self.warmup if _is_whole(self.warmup) else round(self.warmup * self.steps)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the run that is done in step `step` (from 0), `seconds` after the start."""
+        return (step + 1) / (self.steps + 1) if self.minutes is None else min(seconds / (60 * self.minutes), 1.0)
+
+    def learning_rate(self, progress: float) -> float:
+        """The rate there; the peak lies in the step after the warm-up's last, or by the clock at its end."""
+        warmup = self.warmup if self.steps is None else self.progress(self.warmup_steps, 0.0)
+        shape = {"final": self.final_lr, "decay": self.decay, "power": self.power}
+        return self.lr * factor(self.schedule, progress, warmup, **shape)
 
 
 @dataclass(frozen=True)
@@ -200,9 +227,11 @@ class Trainer:
         self.weights = dict(weights or {})
         settings = {"model": model.config.to_dict(), "weights": self.weights, **settings}
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
-        self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
+        betas = (config.beta1, config.beta2)
+        self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
         self.step = self.cursor = 0
         self.best, self.metrics, self.checkpoint = None, {}, None
+        self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
         if run.resume:
             self.load()
 
@@ -216,8 +245,9 @@ class Trainer:
             _signals() as signals,
         ):
             self.model.train()
-            drawn = self._draw(self.cursor) if self.step < config.steps else None
-            while self.step < config.steps:
+            self.over = self._is_over()
+            drawn = None if self.over else self._draw(self.cursor)
+            while not self.over:
                 begun = time.monotonic()
                 batches, weights, cursor = drawn
                 values = self._backward(batches, weights)
@@ -226,6 +256,7 @@ class Trainer:
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
+                self.over = self._is_over()
                 evaluated = self.evaluate is not None and self._due(config.eval_every)
                 improved = evaluated and self._evaluate()
                 if evaluated or self._due(config.log_every):
@@ -238,12 +269,20 @@ class Trainer:
                 if improved or signals or self._due(config.save_every):
                     log.sync()
                     self.save()
-                if signals and self.step < config.steps:
+                if signals and not self.over:
                     self._stop(signals[0])
         return Result(self.step, self.metrics, self.best, self.checkpoint)
 
     def _due(self, every: int | None) -> bool:
-        return self.step == self.config.steps or (every is not None and self.step % every == 0)
+        return self.over or (every is not None and self.step % every == 0)
+
+    def _is_over(self) -> bool:
+        config = self.config
+        return self.step >= config.steps if config.minutes is None else self._elapsed() >= 60 * config.minutes
+
+    def _elapsed(self) -> float:
+        """Seconds of all processes of this run, as far as their work was saved."""
+        return time.monotonic() - self.started
 
     def _draw(self, cursor: int) -> tuple[list[Batch], list[dict[str, float]], int]:
         """The micro-batches of a step, the share that each of their losses has in the step's, and the next cursor."""
@@ -292,7 +331,7 @@ class Trainer:
             self._refuse(f"{broken[0][0]} is {broken[0][1]}", [batch for _, _, batch in broken])
         if not math.isfinite(norm):
             self._refuse(f"the norm of the gradient is {norm}", batches)
-        lr = self.config.lr * SCHEDULES[self.config.schedule](self.step, self.config.steps, self.config.warmup_steps)
+        lr = self.config.learning_rate(self.config.progress(self.step, self._elapsed()))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -338,6 +377,8 @@ class Trainer:
         # not save_file, whose files only their owner may read
         (directory / OPTIMIZER).write_bytes(safetensors.torch.save(optimizer_state(self.model, self.optimizer)))
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
+        if self.config.minutes is not None:  # without, the bytes do not depend on the clock
+            state["seconds"] = self._elapsed()
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
         (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
 
@@ -359,6 +400,7 @@ class Trainer:
                 raise ValueError(f"{directory / OPTIMIZER}: {error}") from None
             self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
             self.best, self.metrics = state["best"], state["metrics"]
+            self.started -= state.get("seconds", 0.0)
         truncate_metrics(self.path / METRICS, self.step)
 
 
