@@ -16,8 +16,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import safetensors.torch
 import torch
@@ -30,14 +31,17 @@ from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
 from . import checkpoint
+from .average import Average
 from .checkpoint import Run, claim
+from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
-from .schedule import SCHEDULES, factor
+from .schedule import SCHEDULES, factor, micro_batches
 
 Dtype = Literal["float32", "bfloat16"]
 Mode = Literal["lower", "higher"]
 OPTIMIZER = "optimizer.safetensors"
+TRAINED = "trained.safetensors"  # the weights themselves, where model.safetensors holds their average
 DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
 FREE = (
     "save_every",
@@ -53,7 +57,7 @@ class Data(Protocol):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or the gradient is not finite; the weights are those of the step before."""
+    """A loss or the gradient is not finite, or the loss is a spike; the weights are those of the step before."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -72,7 +76,11 @@ class TrainConfig:
     lr: the peak learning rate. warmup: a whole number of steps, or a fraction of the run (a float in [0, 1)).
     schedule: a word of `SCHEDULES`, down to final_lr times the peak; for decay and power see `schedule.factor`.
     optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
-    clip: largest norm of the gradient, None for no limit. accumulate: micro-batches a step.
+    clip: largest norm of the gradient, None for no limit.
+    accumulate: micro-batches a step; with ramp, a share of the run, from 1 up to so many there.
+    ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
+    spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
+    patience: stop after so many evaluations without a better best_metric.
     dtype: bfloat16 is autocast; weights and optimizer stay float32.
     eval_batches: handed to the evaluation, None for everything.
     best_metric: the evaluation's number whose best checkpoint is kept, best_mode whether lower or higher is better.
@@ -94,6 +102,11 @@ class TrainConfig:
     eps: float = 1e-6
     clip: float | None = 1.0
     accumulate: int = 1
+    ramp: float = 0.0
+    ema: float | None = None
+    spike: float | None = None
+    skip: int = 0
+    patience: int | None = None
     seed: int = 0
     dtype: Dtype = "float32"
     eval_every: int | None = None
@@ -108,20 +121,25 @@ class TrainConfig:
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
             raise ValueError(f"steps={self.steps!r} and minutes={self.minutes!r}: give one of the two")
-        optional = ("steps", "eval_every", "eval_batches", "save_every")
+        optional = ("steps", "patience", "eval_every", "eval_batches", "save_every")
         for name in ("steps", "accumulate", "keep_last", "log_every", *optional):
             value = getattr(self, name)
             if not (name in optional and value is None) and (not _is_whole(value) or value < 1):
                 raise ValueError(f"{name}={value!r} is not a positive whole number{' or null' * (name in optional)}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
-        for name in ("lr", "eps", "clip", "minutes", "decay", "power"):
+        if not _is_whole(self.skip) or self.skip < 0:
+            raise ValueError(f"skip={self.skip!r} is not a whole number from 0")
+        for name in ("lr", "eps", "decay", "power", "clip", "minutes", "spike"):
             value = getattr(self, name)
-            if not (name in ("clip", "minutes") and value is None) and (not _is_number(value) or value <= 0):
+            if not (name in ("clip", "minutes", "spike") and value is None) and (not _is_number(value) or value <= 0):
                 raise ValueError(f"{name}={value!r} is not a positive number")
-        for name in ("beta1", "beta2"):
-            if not _is_number(getattr(self, name)) or not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not in [0, 1)")
+        for name in ("beta1", "beta2", "ramp", "ema"):
+            value = getattr(self, name)
+            if not (name == "ema" and value is None) and (not _is_number(value) or not 0 <= value < 1):
+                raise ValueError(f"{name}={value!r} is not in [0, 1)")
+        if self.patience is not None and None in (self.eval_every, self.best_metric):
+            raise ValueError(f"patience={self.patience} needs eval_every and best_metric")
         if not _is_number(self.final_lr) or not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr={self.final_lr!r} is not a share of the peak, in [0, 1]")
         if not _is_number(self.weight_decay) or self.weight_decay < 0:
@@ -229,6 +247,8 @@ class Trainer:
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
+        self.average = None if config.ema is None else Average(model, config.ema)
+        self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
         self.best, self.metrics, self.checkpoint = None, {}, None
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
@@ -245,21 +265,22 @@ class Trainer:
             _signals() as signals,
         ):
             self.model.train()
-            self.over = self._is_over()
-            drawn = None if self.over else self._draw(self.cursor)
+            self.over = self._is_over() or self._is_stale()
+            drawn = None if self.over else self._draw(self.cursor, self.step)
             while not self.over:
                 begun = time.monotonic()
                 batches, weights, cursor = drawn
                 values = self._backward(batches, weights)
                 # the host draws the next batches while the device still works on these
-                drawn = self._draw(cursor)
+                drawn = self._draw(cursor, self.step + 1)
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
                 self.over = self._is_over()
                 evaluated = self.evaluate is not None and self._due(config.eval_every)
                 improved = evaluated and self._evaluate()
-                if evaluated or self._due(config.log_every):
+                self.over = self.over or self._is_stale()
+                if evaluated or "skipped" in record or self._due(config.log_every):
                     timing = {"tokens_per_second": tokens / busy, "seconds": time.monotonic() - started}
                     record |= timing | ({f"eval_{k}": v for k, v in self.metrics.items()} if evaluated else {})
                     log.write(record)
@@ -280,14 +301,19 @@ class Trainer:
         config = self.config
         return self.step >= config.steps if config.minutes is None else self._elapsed() >= 60 * config.minutes
 
+    def _is_stale(self) -> bool:
+        """The best evaluation is too long ago, or there was none."""
+        config, best = self.config, self.best["step"] if self.best else 0
+        return config.patience is not None and self.step - best >= config.patience * config.eval_every
+
     def _elapsed(self) -> float:
         """Seconds of all processes of this run, as far as their work was saved."""
         return time.monotonic() - self.started
 
-    def _draw(self, cursor: int) -> tuple[list[Batch], list[dict[str, float]], int]:
+    def _draw(self, cursor: int, step: int = 0) -> tuple[list[Batch], list[dict[str, float]], int]:
         """The micro-batches of a step, the share that each of their losses has in the step's, and the next cursor."""
-        batches, totals = [], Counter()
-        for _ in range(self.config.accumulate):
+        batches, totals, config = [], Counter(), self.config
+        for _ in range(micro_batches(config.accumulate, config.ramp, config.progress(step, self._elapsed()))):
             batch, cursor = self.data.next_batch(cursor)
             batches.append(batch)
         counts = [self.parts(batch) for batch in batches]
@@ -314,7 +340,7 @@ class Trainer:
         return torch.stack([norm.float(), *losses])
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
-        """The optimizer's step, unless something is not finite. Returns the record of the step."""
+        """The optimizer's step, unless the guard finds it bad. Returns the record of the step."""
         norm, *losses = values.tolist()  # the one wait for the device in a step
         flat = [
             (name, weight, batch)
@@ -327,27 +353,41 @@ class Trainer:
         broken = [
             (name, loss, batch) for (name, _, batch), loss in zip(flat, losses, strict=True) if not math.isfinite(loss)
         ]
+        loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
+        record = {"step": self.step + 1, "loss": loss} | means
         if broken:
-            self._refuse(f"{broken[0][0]} is {broken[0][1]}", [batch for _, _, batch in broken])
-        if not math.isfinite(norm):
-            self._refuse(f"the norm of the gradient is {norm}", batches)
+            fault, batches = f"{broken[0][0]} is {broken[0][1]}", [batch for _, _, batch in broken]
+        else:
+            fault = self.guard.fault(loss, norm)
+        if fault:
+            self._leave_out(fault, batches)
+            return record | {"grad_norm": norm, "skipped": fault}
+        self.guard.good(loss)
         lr = self.config.learning_rate(self.config.progress(self.step, self._elapsed()))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
-        return {"step": self.step + 1, "loss": loss} | means | {"learning_rate": lr, "grad_norm": norm}
+        if self.average:
+            self.average.update(self.step)
+        return record | {"learning_rate": lr, "grad_norm": norm}
 
-    def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
+    def _leave_out(self, fault: str, batches: list[Batch]) -> None:
+        """Warn of a bad step, or raise NonFiniteError where no more may be left out."""
         ids = torch.cat([batch.seq_ids for batch in batches])
-        where = f"samples {ids.min()} to {ids.max()}"
-        raise NonFiniteError(f"step {self.step + 1}: {what} on {where}; no optimizer step was made: try a lower lr")
+        what = f"step {self.step + 1}: {fault} on samples {ids.min()} to {ids.max()}; no optimizer step was made"
+        if not self.guard.passes():
+            raise NonFiniteError(f"{what}: try a lower lr")
+        logger.warning(what)
+
+    def _averaged(self):
+        """Within, the model has the weights that are evaluated and saved."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
 
     def _evaluate(self) -> bool:
         """Evaluate; true where the result is the best so far."""
         config = self.config
         self.model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._averaged():
             self.metrics = {
                 name: float(value) for name, value in self.evaluate(self.model, config.eval_batches).items()
             }
@@ -373,10 +413,14 @@ class Trainer:
         self.checkpoint = checkpoint.save(self.path, self.step, self._write, keep_last=keep_last, best=best)
 
     def _write(self, directory: Path) -> None:
-        self.model.save_pretrained(directory, self.tokenizer)
+        with self._averaged():
+            self.model.save_pretrained(directory, self.tokenizer)
+            if self.average:
+                (directory / TRAINED).write_bytes(safetensors.torch.save(self.average.trained()))
         # not save_file, whose files only their owner may read
         (directory / OPTIMIZER).write_bytes(safetensors.torch.save(optimizer_state(self.model, self.optimizer)))
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
+        state["guard"] = self.guard.state
         if self.config.minutes is not None:  # without, the bytes do not depend on the clock
             state["seconds"] = self._elapsed()
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
@@ -394,12 +438,12 @@ class Trainer:
                     "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
                 )
             hub.load_into(self.model, directory)
-            try:
-                load_optimizer_state(self.model, self.optimizer, safetensors.torch.load_file(directory / OPTIMIZER))
-            except (OSError, SafetensorError, ValueError) as error:
-                raise ValueError(f"{directory / OPTIMIZER}: {error}") from None
+            _load_tensors(directory / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
+            if self.average:
+                _load_tensors(directory / TRAINED, self.average.load)
             self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
             self.best, self.metrics = state["best"], state["metrics"]
+            self.guard.load(state.get("guard", {}))
             self.started -= state.get("seconds", 0.0)
         truncate_metrics(self.path / METRICS, self.step)
 
@@ -424,6 +468,14 @@ def _signals() -> Iterator[list[int]]:
         yield came
     finally:
         restore()
+
+
+def _load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
+    """Hand a file's tensors to `load`; an error names the file."""
+    try:
+        load(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _refuse_changes(saved, now, run_dir, name: str = "") -> None:
