@@ -12,11 +12,13 @@ from .loop import (
     train,
 )
 from .optim import OPTIMIZERS, Lamb, adamw, lamb, param_groups
+from .recipes import RECIPES, recipe_options
 from .schedule import SCHEDULES
 
 __all__ = [
     "METRICS",
     "OPTIMIZERS",
+    "RECIPES",
     "SCHEDULES",
     "TIMING_FIELDS",
     "CheckpointError",
@@ -35,6 +37,7 @@ __all__ = [
     "mean_over_sequences",
     "param_groups",
     "read_metrics",
+    "recipe_options",
     "train",
     "verify",
 ]
