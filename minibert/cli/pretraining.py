@@ -15,7 +15,7 @@ from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForMaskedLM, BertForPreTraining
 from ..tasks import pretraining as task
-from ..train import OPTIMIZERS, RECIPES, SCHEDULES, Run, TrainConfig, claim, train
+from ..train import OPTIMIZERS, RECIPES, SCHEDULES, WRITERS, Run, TrainConfig, claim, train
 from .common import (
     check_backend,
     check_causal,
@@ -61,7 +61,8 @@ from .flags import (
 SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
 STEPS = 1000  # where neither steps nor minutes are given
 TRAINING = """steps minutes optimizer lr warmup schedule final_lr decay power weight_decay beta1 beta2 eps clip
-accumulate ramp ema spike skip patience seed dtype eval_every eval_batches save_every keep_last log_every"""
+accumulate ramp ema spike skip patience seed dtype eval_every eval_batches save_every keep_last log_every
+writer"""
 SAMPLING = "seed batch_tokens max_length mask_rate mask_unit whole_word max_span mask_count all_mask objectives"
 
 
@@ -117,6 +118,7 @@ def pretrain(
     save_every: SaveEvery = 100,
     keep_last: KeepLast = 2,
     log_every: LogEvery = 10,
+    writer: Annotated[str | None, f"where the numbers go too: {', '.join(WRITERS)}"] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",

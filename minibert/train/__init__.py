@@ -14,6 +14,7 @@ from .loop import (
 from .optim import OPTIMIZERS, Lamb, adamw, lamb, param_groups
 from .recipes import RECIPES, recipe_options
 from .schedule import SCHEDULES
+from .writers import WRITERS
 
 __all__ = [
     "METRICS",
@@ -21,6 +22,7 @@ __all__ = [
     "RECIPES",
     "SCHEDULES",
     "TIMING_FIELDS",
+    "WRITERS",
     "CheckpointError",
     "Interrupted",
     "Lamb",

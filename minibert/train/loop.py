@@ -37,6 +37,7 @@ from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES, factor, micro_batches
+from .writers import WRITERS
 
 Dtype = Literal["float32", "bfloat16"]
 Mode = Literal["lower", "higher"]
@@ -46,6 +47,7 @@ DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with 
 FREE = (
     "save_every",
     "keep_last",
+    "writer",
 )  # the only fields that a resumed run may change: neither weights nor log depend on them
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class TrainConfig:
     patience: stop after so many evaluations without a better best_metric.
     dtype: bfloat16 is autocast; weights and optimizer stay float32.
     eval_batches: handed to the evaluation, None for everything.
+    writer: a word of `WRITERS`, which gets the numbers of metrics.jsonl too.
     best_metric: the evaluation's number whose best checkpoint is kept, best_mode whether lower or higher is better.
     Raises ValueError, naming field, value and what is expected.
     """
@@ -116,6 +119,7 @@ class TrainConfig:
     save_every: int | None = None
     keep_last: int = 2
     log_every: int = 10
+    writer: str | None = None
     device: str = "cpu"
 
     def __post_init__(self):
@@ -151,6 +155,8 @@ class TrainConfig:
             )
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
+        if self.writer is not None:
+            one_of("writer", self.writer, WRITERS)
         one_of("dtype", self.dtype, get_args(Dtype))
         one_of("best_mode", self.best_mode, get_args(Mode))
         check_device(self.device)
@@ -260,7 +266,7 @@ class Trainer:
         config = self.config
         started, tokens, busy = time.monotonic(), 0, 0.0
         with (
-            MetricsLog(self.path / METRICS) as log,
+            MetricsLog(self.path / METRICS, config.writer) as log,
             Progress(config.steps, self.step) as progress,
             _signals() as signals,
         ):

@@ -17,12 +17,12 @@ FIGURES = {
     "nvlamb": {"batch": 65536, "length": 128, "steps": 7038, "lr": 6e-3, "warmup": 0.2843, "weight_decay": 0.01},
     "nvlamb-512": {"batch": 32768, "length": 512, "steps": 1563, "lr": 4e-3, "warmup": 0.128, "optimizer": "lamb"},
     "mosaic": {"batch": 4096, "length": 128, "steps": 70_000, "lr": 5e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6,
-               "weight_decay": 1e-5, "warmup": 0.06, "schedule": "linear", "final_lr": 0.02, "mask_rate": 0.3},
+               "decay_at_the_peak": 1e-5, "warmup": 0.06, "schedule": "linear", "final_lr": 0.02, "mask_rate": 0.3},
     "crammed": {"batch": 8192, "length": 128, "minutes": DAY, "lr": 1e-3, "ramp": 0.6, "clip": 0.5, "mask_rate": 0.25,
                 "mask_count": 128 * 128 // 4, "schedule": "linear"},
     "24h": {"batch": 4096, "length": 128, "minutes": DAY, "lr": 1e-3, "warmup": 0.06, "beta2": 0.98, "clip": None,
             "model": "bert-large"},
-    "modern": {"schedule": "trapezoid", "mask_rate": 0.3, "beta2": 0.98},
+    "modern": {"decay_at_the_peak": 1e-5, "schedule": "trapezoid", "mask_rate": 0.3, "beta2": 0.98},
 }  # fmt: skip
 NSP = {"original", "original-512", "nvlamb", "nvlamb-512"}
 NO_DROPOUT = {"crammed", "modern"}
@@ -43,6 +43,7 @@ def test_a_recipe_parses_and_has_the_figures_of_its_source(name):
     actual = options | {
         "batch": options["accumulate"] * options["batch_tokens"] / options["max_length"],
         "length": options["max_length"],
+        "decay_at_the_peak": options["weight_decay"] * options["lr"],
         "warmup_steps": config.steps and config.warmup_steps,
     }
     assert {key: actual[key] for key in FIGURES[name]} == pytest.approx(FIGURES[name])

