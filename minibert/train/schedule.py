@@ -48,12 +48,12 @@ def factor(
 
     Args:
         progress: in [0, 1]. warmup: in [0, 1), where the peak is.
-        decay: the share of the whole in which a trapezoid falls. power: of the polynomial.
+        decay: the share of the whole in which a trapezoid falls, though not before its peak. power: of the polynomial.
     """
     if progress < warmup:
         return progress / warmup
     behind = 1 - warmup
-    return final + (1 - final) * SCHEDULES[schedule]((1 - progress) / behind, decay / behind, power)
+    return final + (1 - final) * SCHEDULES[schedule]((1 - progress) / behind, min(decay / behind, 1.0), power)
 
 
 def micro_batches(accumulate: int, ramp: float, progress: float) -> int:
