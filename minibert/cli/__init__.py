@@ -97,12 +97,10 @@ def run(argv: list[str]) -> int:
 
 def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
     """The options of a verb; those of a `--recipe` are defaults, which a `--config` file and flags override."""
-    values = parser.parse_args(argv).as_dict()
-    if values.get("recipe"):
-        given = {name for name, value in values.items() if value != parser.get_default(name)}
-        parser.set_defaults(recipe_options(values["recipe"], given))
-        values = parser.parse_args(argv).as_dict()
-    return dict(values)
+    given = parser.parse_args(argv, defaults=False).as_dict()
+    if given.get("recipe"):
+        parser.set_defaults(recipe_options(given["recipe"], (name for name in given if given[name] is not None)))
+    return dict(parser.parse_args(argv).as_dict())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -81,4 +81,5 @@ def recipe_options(name: str, given: Iterable[str] = ()) -> dict[str, Any]:
         ValueError: there is no such recipe.
     """
     one_of("recipe", name, RECIPES)
-    return {key: value for key, value in RECIPES[name].items() if not {*given} & {*REPLACED.get(key, ())}}
+    given = set(given)
+    return {key: value for key, value in RECIPES[name].items() if given.isdisjoint(REPLACED.get(key, ()))}

@@ -6,7 +6,7 @@ import yaml
 from minibert.cli import build_parser, main, parse
 from minibert.cli.pretraining import TRAINING
 from minibert.config import BertConfig
-from minibert.train import METRICS, RECIPES, TrainConfig, read_metrics, recipe_options
+from minibert.train import METRICS, RECIPES, TrainConfig, latest, read_metrics, recipe_options
 
 SENTENCE = "the lamp is good bad kettle film soup was not very kind of broken and we like it"
 DAY = 24 * 60
@@ -82,7 +82,8 @@ def test_a_recipe_fits_itself_to_the_time_or_the_steps_given():
         assert (options["minutes"], options["steps"]) == (30, None) and config_of(options).minutes == 30
         options = options_of("--recipe", name, "--steps", "40")
         assert (options["minutes"], options["steps"]) == (None, 40) and config_of(options).steps == 40
-    assert options_of("--recipe", "crammed", "--batch-tokens", "512")["mask_count"] is None
+    for flag in ("--batch-tokens=512", "--mask-rate=0.15"):
+        assert options_of("--recipe", "crammed", flag)["mask_count"] is None
     assert "steps" not in recipe_options("mosaic", {"minutes"})
 
 
@@ -119,6 +120,16 @@ def test_a_run_of_a_recipe_repeats_from_its_own_config_file(crammed):
     saved = yaml.safe_load((crammed / "config.yaml").read_text())
     again = parse(build_parser("pretrain"), ["--config", str(crammed / "config.yaml")])
     assert {name: again[name] for name in saved} == saved
+
+
+def test_a_second_phase_begins_with_the_weights_of_the_first(crammed, tmp_path):
+    command = f"pretrain --data {crammed}/data --init {crammed} --out {tmp_path}/run --recipe nvlamb-512 --steps 2"
+    small = "--no-nsp --max-length 64 --batch-tokens 256 --accumulate 1 --valid-fraction 0.2 --log-every 1 --device cpu"
+    assert main(f"{command} {small}".split()) == 0
+    first, second = (read_metrics(folder / METRICS) for folder in (crammed, tmp_path / "run"))
+    assert second[0]["loss"] == pytest.approx(first[-1]["loss"], rel=0.1)
+    assert second[0]["learning_rate"] == pytest.approx(4e-3)
+    assert (tmp_path / "run/step-2/config.json").read_text() == (latest(crammed) / "config.json").read_text()
 
 
 def test_a_run_is_drawn(crammed, tmp_path, capsys):
