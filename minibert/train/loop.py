@@ -313,8 +313,8 @@ class Trainer:
         return config.patience is not None and self.step - best >= config.patience * config.eval_every
 
     def _elapsed(self) -> float:
-        """Seconds of all processes of this run, as far as their work was saved."""
-        return time.monotonic() - self.started
+        """Seconds of all processes of this run, as far as their work was saved; 0 where no minutes are set."""
+        return 0.0 if self.config.minutes is None else time.monotonic() - self.started
 
     def _draw(self, cursor: int, step: int = 0) -> tuple[list[Batch], list[dict[str, float]], int]:
         """The micro-batches of a step, the share that each of their losses has in the step's, and the next cursor."""
@@ -428,7 +428,7 @@ class Trainer:
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
         state["guard"] = self.guard.state
         if self.config.minutes is not None:  # without, the bytes do not depend on the clock
-            state["seconds"] = self._elapsed()
+            state["seconds"] = time.monotonic() - self.started
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
         (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
 
