@@ -30,6 +30,7 @@ from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
 from . import checkpoint
+from .card import record_run, write_card
 from .checkpoint import Run, claim
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
@@ -216,6 +217,8 @@ class Trainer:
             _signals() as signals,
         ):
             self.model.train()
+            if self.step < config.steps:
+                record_run(self.path, self.step, self.saved)
             drawn = self._draw(self.cursor) if self.step < config.steps else None
             while self.step < config.steps:
                 begun = time.monotonic()
@@ -340,6 +343,7 @@ class Trainer:
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
         (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
+        write_card(directory, self.path, self.model, state)
 
     def load(self) -> None:
         """Put the newest whole checkpoint's state back, and cut the log to its step; without one, start at step 0."""
