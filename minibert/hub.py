@@ -192,8 +192,7 @@ def _load_shards(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected an object with a weight_map ({error})") from None
     state = {}
     for name in files:
-        plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
-        if not plain or (directory / name).is_symlink():
+        if not isinstance(name, str) or Path(name).name != name or (directory / name).is_symlink():
             raise ValueError(f"{path}: {name!r} is not the name of a file in this directory")
         if not (directory / name).is_file():
             raise ValueError(f"{path}: {name!r} is missing")

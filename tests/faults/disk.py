@@ -49,13 +49,15 @@ def assert_goes_on(run_dir: Path, whole: Path) -> None:
 
 
 def full(tally: Tally, count: int, directory: Path) -> None:
-    """Disks of sizes at random, from one page to what a run nearly fits into; enlarged, the run goes on."""
+    """Disks of a few pages, and of sizes at random up to what a run nearly fits into; enlarged, the run goes on."""
     rng = random.Random(11)
     run(directory / "whole")
     size = sum(path.stat().st_size for path in (directory / "whole").rglob("*") if path.is_file())
     for n in range(count):
-        with small_disk(directory / f"disk-{n}", rng.randrange(4, size // 1024, 4)) as disk:
+        pages = n // 2 + 1 if n % 2 == 0 else rng.randrange(1, size // 4096)
+        with small_disk(directory / f"disk-{n}", 4 * pages) as disk:
             run_dir = disk / "run"
+            (disk / "another file").write_bytes(bytes(4096))
             with tally.trial(f"disk {n}"):
                 error = refusal(lambda run_dir=run_dir: run(run_dir), OSError, ValueError, names=run_dir)
                 assert "No space left" in str(error), str(error)
