@@ -80,7 +80,10 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Flush to the disk: a checkpoint that survives a power cut must not survive its log."""
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
 class Progress:

@@ -32,6 +32,7 @@ from ..batch import Batch
 from ..config import one_of
 from . import checkpoint
 from .average import Average
+from .card import record_run, write_card
 from .checkpoint import Run, claim
 from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
@@ -272,6 +273,8 @@ class Trainer:
         ):
             self.model.train()
             self.over = self._is_over() or self._is_stale()
+            if not self.over:
+                record_run(self.path, self.step, self.saved)
             drawn = None if self.over else self._draw(self.cursor, self.step)
             while not self.over:
                 begun = time.monotonic()
@@ -431,6 +434,7 @@ class Trainer:
             state["seconds"] = time.monotonic() - self.started
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
         (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
+        write_card(directory, self.path, self.model, state)
 
     def load(self) -> None:
         """Put the newest whole checkpoint's state back, and cut the log to its step; without one, start at step 0."""
