@@ -131,8 +131,10 @@ def _facts(run: Mapping, model: torch.nn.Module, state: Mapping) -> Iterator[str
         f"A BERT of {shape.num_hidden_layers} layers, {shape.hidden_size} wide, "
         f"with {model.num_parameters():,} parameters and a vocabulary of {shape.vocab_size:,}."
     )
+    steps, minutes = config["steps"], config["minutes"]
+    whole = f"of {steps:,} steps" if minutes is None else f"steps, in a budget of {minutes:g} minutes,"
     yield (
-        f"It was trained for {state['step']:,} of {config['steps']:,} steps by {config['optimizer']} in "
+        f"It was trained for {state['step']:,} {whole} by {config['optimizer']} in "
         f"{config['dtype']}, with a peak learning rate of {config['lr']:g} and seed {config['seed']}."
     )
     if "objectives" in settings:
