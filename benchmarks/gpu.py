@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 SUMMARY = 10_000
 SMALL = {  # what --tiny makes of a model
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
 }  # fmt: skip
 SQUAD = "squad_v1.1_dev_question_context_pairs"
 RESULT = "result.json"
