@@ -55,7 +55,7 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
     real = "bert-base --batch-size 64 --batches 4 --dtype bfloat16 --lengths half full " + SQUAD
     model = ["--backend", "triton", "--model", *(toy if dry else real).split()]
     kernels = ["--backend", "triton", "--dtype", *("float32 --tiny --rounds 2" if dry else "bfloat16").split()]
-    eager = ["--only", "minibert|eager|sdpa" if dry else "^((?!compiled|overhead|flex).)*$"]  # what compiles comes last
+    eager = ["--only", f"^((?!compiled|overhead|flex{'|onnx|sentence' * dry}).)*$"]  # what compiles comes last
     compiled = ["--lengths", "half", "--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead|flex"]
     tests = ["tests/kernels/test_philox.py"] if dry else ["-m", "gpu", "tests/kernels", "tests/train"]
     return [
