@@ -15,7 +15,7 @@ from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForMaskedLM, BertForPreTraining
 from ..tasks import pretraining as task
-from ..train import TrainConfig, claim, train
+from ..train import TrainConfig, World, claim, train
 from .common import (
     check_backend,
     check_causal,
@@ -109,24 +109,28 @@ def pretrain(
 
     Example: minibert pretrain --data corpus/ --model bert-tiny --steps 300 --out runs/tiny --objectives mlm sop
     """
-    options = dict(locals())
-    objectives = [name for name in objectives if nsp or name != "nsp"]
-    check_objectives(objectives, weights)
-    config = TrainConfig(
-        **pick(options, "steps lr warmup weight_decay clip accumulate seed dtype"),
-        **pick(options, "eval_every eval_batches save_every keep_last log_every"),
-        device=resolve_device(device),
-        best_metric="loss",
-    )
-    check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
-    if whole_word and mask_unit == "span":
-        raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
-    check_masking(mask_rate, mask_unit, max_span, mask_count)
-    check_backend(backend, config.device)
-    start = resolve_model(init) if init else None
-    planned = planned_config(options | {"objectives": objectives}, start)
+    options, world = dict(locals()), World.current()
+    with world.ahead():
+        objectives = [name for name in objectives if nsp or name != "nsp"]
+        check_objectives(objectives, weights)
+        config = TrainConfig(
+            **pick(options, "steps lr warmup weight_decay clip accumulate seed dtype"),
+            **pick(options, "eval_every eval_batches save_every keep_last log_every"),
+            device=resolve_device(device),
+            best_metric="loss",
+        )
+        world.check(accumulate)
+        check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
+        if whole_word and mask_unit == "span":
+            raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
+        check_masking(mask_rate, mask_unit, max_span, mask_count)
+        check_backend(backend, config.device)
+        start = resolve_model(init) if init else None
+        asked = options | {"objectives": objectives}
+        planned = planned_config(asked, start)
     with claim(out, resume) as run:
-        sides = open_sides(options | {"objectives": objectives}, run.path / "data", tokenizer or (start and str(start)))
+        with world.ahead():
+            sides = open_sides(asked, run.path / "data", tokenizer or (start and str(start)))
         stores = [store for store, _ in sides[0]]
         store = stores[0]
         samples = pick(options, "seed batch_tokens max_length mask_rate mask_unit whole_word")
@@ -137,7 +141,7 @@ def pretrain(
         )
         arch = {"causal": planned.causal} | arch
         network = new_network(options | {"arch": arch}, start, store.tokenizer, language_model(planned))
-        commonest = commonest_token(sides[0])
+        commonest = commonest_token(sides[0]) if world.leads else None
         save_options(run, "pretrain", options)
         for each in stores:
             say(describe(each))
@@ -155,7 +159,8 @@ def pretrain(
             weights={f"{name}_loss": weight for name, weight in weights.items()},
             settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(stores, mix)},
         )
-    print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
+    if world.leads:
+        print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
 
 
 def planned_config(options: Mapping, start: Path | None) -> BertConfig:

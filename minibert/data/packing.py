@@ -100,6 +100,10 @@ class PretrainingData:
         (epoch, index, plan), end = self._take(cursor)
         return self._build(epoch, index, plan, np.arange(cursor, end)), end
 
+    def skip(self, cursor: int) -> int:
+        """The cursor behind the batch that begins at `cursor`, without making it."""
+        return self._take(cursor)[1]
+
     def batches(self, cursor: int = 0) -> Iterator[tuple[Batch, int]]:
         """`next_batch` without end, for a loop of your own: (batch, cursor behind it)."""
         while True:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import platform
 import signal
 import threading
@@ -30,7 +31,8 @@ from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
 from . import checkpoint
-from .checkpoint import Run, claim
+from .checkpoint import Run
+from .distributed import Losses, World, claim
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES
@@ -47,9 +49,14 @@ logger = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """An endless stream; the cursor is one integer, 0 at the beginning."""
+    """An endless stream; the cursor is one integer, 0 at the beginning.
+
+    skip: the cursor behind the batch that begins there; asked for where the batch is another process's.
+    """
 
     def next_batch(self, cursor: int) -> tuple[Batch, int]: ...
+
+    def skip(self, cursor: int) -> int: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -70,7 +77,7 @@ class TrainConfig:
 
     steps: optimizer steps. optimizer: adamw or lamb. lr: the peak learning rate.
     warmup: a whole number of steps, or a fraction of `steps` (a float in [0, 1)).
-    clip: largest norm of the gradient, None for no limit. accumulate: micro-batches a step.
+    clip: largest norm of the gradient, None for no limit. accumulate: micro-batches a step, of all processes.
     dtype: bfloat16 is autocast; weights and optimizer stay float32.
     eval_batches: handed to the evaluation, None for everything.
     best_metric: the evaluation's number whose best checkpoint is kept, best_mode whether lower or higher is better.
@@ -170,6 +177,8 @@ def train(
 ) -> Result:
     """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
 
+    Within `join`, together with the other processes: the micro-batches of a step are dealt out, rank 0 evaluates and
+    writes. Every process passes the same arguments.
     Args:
         model: called as `model(batch, seed=int)`, saved with `save_pretrained`; its initial weights are the caller's.
         evaluate: called as `evaluate(model, config.eval_batches)` in eval mode, without gradients and under the run's
@@ -194,7 +203,9 @@ class Trainer:
         self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping,
         weights: Mapping[str, float] | None = None,
     ):  # fmt: skip
-        self.device = check_device(config.device)
+        self.world = World.current()
+        self.world.once(lambda: self.world.check(config.accumulate))
+        self.device = self.world.place(check_device(config.device))
         self.model, self.data, self.evaluate = model.to(self.device), data, evaluate
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
         self.weights = dict(weights or {})
@@ -205,14 +216,17 @@ class Trainer:
         self.best, self.metrics, self.checkpoint = None, {}, None
         if run.resume:
             self.load()
+        self.losses = self.world.spread(Losses(self.model))
 
     def run(self) -> Result:
         """Train from where the state is to the last step."""
         config = self.config
         started, tokens, busy = time.monotonic(), 0, 0.0
+        leads = self.world.leads
         with (
-            MetricsLog(self.path / METRICS) as log,
-            Progress(config.steps, self.step) as progress,
+            open(os.devnull, "w") as silence,
+            MetricsLog(self.path / METRICS if leads else os.devnull) as log,
+            Progress(config.steps, self.step, None if leads else silence) as progress,
             _signals() as signals,
         ):
             self.model.train()
@@ -223,35 +237,37 @@ class Trainer:
                 values = self._backward(batches, weights)
                 # the host draws the next batches while the device still works on these
                 drawn = self._draw(cursor)
+                came = self.world.agree(signals)
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
                 evaluated = self.evaluate is not None and self._due(config.eval_every)
                 improved = evaluated and self._evaluate()
                 if evaluated or self._due(config.log_every):
-                    timing = {"tokens_per_second": tokens / busy, "seconds": time.monotonic() - started}
+                    speed = self.world.total(tokens) / busy
+                    timing = {"tokens_per_second": speed, "seconds": time.monotonic() - started}
                     record |= timing | ({f"eval_{k}": v for k, v in self.metrics.items()} if evaluated else {})
                     log.write(record)
                     progress.show(record)
                     tokens, busy = 0, 0.0
                 progress.advance(self.step)
-                if improved or signals or self._due(config.save_every):
-                    log.sync()
+                if improved or came or self._due(config.save_every):
+                    if leads:
+                        log.sync()
                     self.save()
-                if signals and self.step < config.steps:
-                    self._stop(signals[0])
+                if came and self.step < config.steps:
+                    self._stop(came[0])
         return Result(self.step, self.metrics, self.best, self.checkpoint)
 
     def _due(self, every: int | None) -> bool:
         return self.step == self.config.steps or (every is not None and self.step % every == 0)
 
     def _draw(self, cursor: int) -> tuple[list[Batch], list[dict[str, float]], int]:
-        """The micro-batches of a step, the share that each of their losses has in the step's, and the next cursor."""
-        batches, totals = [], Counter()
-        for _ in range(self.config.accumulate):
-            batch, cursor = self.data.next_batch(cursor)
-            batches.append(batch)
-        counts = [self.parts(batch) for batch in batches]
+        """This rank's micro-batches of a step, the share that each loss of all of them has in it, the next cursor."""
+        batches, cursor = self.world.deal(self.data, cursor, self.config.accumulate)
+        counts, totals = [self.parts(batch) for batch in batches], Counter()
+        table = self.world.weave(torch.tensor([list(count.values()) for count in counts])).tolist()
+        counts = [dict(zip(counts[0], row, strict=True)) for row in table]
         for count in counts:
             totals.update(count)
         return batches, [{name: n / max(totals[name], 1) for name, n in count.items()} for count in counts], cursor
@@ -260,38 +276,41 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _backward(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
-        """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses."""
+        """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses.
+
+        The norm is that of the reduced gradient and the losses are those of all ranks: each decides the same.
+        """
         # not keyed on the micro-batch: dropout is keyed on sequences, so it is the same however the step is cut
         seed = fold(self.config.seed, DROPOUT, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for batch, share in zip(batches, weights, strict=True):
-            with self._autocast():
-                output = self.model(batch.to(self.device), seed=seed)
-            means = {name: getattr(output, name) for name in share}
-            sum(means[name] * (share[name] * self.weights.get(name, 1.0)) for name in share).backward()
-            losses += [mean.detach().float() for mean in means.values()]
+        world, losses = self.world, []
+        for batch, share in zip(batches, weights[world.rank :: world.size], strict=True):
+            with world.reducing(self.losses, last=batch is batches[-1]):
+                with self._autocast():
+                    means = self.losses(batch.to(self.device), seed, list(share))
+                # times the ranks, over which the gradients will be averaged
+                factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
+                sum(means[name] * factor for name, factor in factors.items()).backward()
+            losses.append(torch.stack([mean.detach().float() for mean in means.values()]))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
-        return torch.stack([norm.float(), *losses])
+        return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
         """The optimizer's step, unless something is not finite. Returns the record of the step."""
         norm, *losses = values.tolist()  # the one wait for the device in a step
-        flat = [
-            (name, weight, batch)
-            for batch, share in zip(batches, weights, strict=True)
-            for name, weight in share.items()
-        ]
+        flat = [(name, weight, number) for number, share in enumerate(weights) for name, weight in share.items()]
         means = dict.fromkeys((name for name, _, _ in flat), 0.0)
         for (name, weight, _), loss in zip(flat, losses, strict=True):
             means[name] += weight * loss
         broken = [
-            (name, loss, batch) for (name, _, batch), loss in zip(flat, losses, strict=True) if not math.isfinite(loss)
+            (name, loss, number)
+            for (name, _, number), loss in zip(flat, losses, strict=True)
+            if not math.isfinite(loss)
         ]
         if broken:
-            self._refuse(f"{broken[0][0]} is {broken[0][1]}", [batch for _, _, batch in broken])
+            self._refuse(f"{broken[0][0]} is {broken[0][1]}", batches, [number for _, _, number in broken])
         if not math.isfinite(norm):
-            self._refuse(f"the norm of the gradient is {norm}", batches)
+            self._refuse(f"the norm of the gradient is {norm}", batches, list(range(len(weights))))
         lr = self.config.lr * SCHEDULES[self.config.schedule](self.step, self.config.steps, self.config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -299,9 +318,11 @@ class Trainer:
         loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
         return {"step": self.step + 1, "loss": loss} | means | {"learning_rate": lr, "grad_norm": norm}
 
-    def _refuse(self, what: str, batches: list[Batch]) -> NoReturn:
-        ids = torch.cat([batch.seq_ids for batch in batches])
-        where = f"samples {ids.min()} to {ids.max()}"
+    def _refuse(self, what: str, batches: list[Batch], numbers: list[int]) -> NoReturn:
+        """Name the samples of the micro-batches of these numbers; called on every rank."""
+        spans = torch.stack([torch.stack([batch.seq_ids.min(), batch.seq_ids.max()]) for batch in batches])
+        spans = self.world.weave(spans)[numbers]
+        where = f"samples {spans.min()} to {spans.max()}"
         raise NonFiniteError(f"step {self.step + 1}: {what} on {where}; no optimizer step was made: try a lower lr")
 
     def _evaluate(self) -> bool:
@@ -309,9 +330,9 @@ class Trainer:
         config = self.config
         self.model.eval()
         with torch.no_grad(), self._autocast():
-            self.metrics = {
-                name: float(value) for name, value in self.evaluate(self.model, config.eval_batches).items()
-            }
+            self.metrics = self.world.once(
+                lambda: {name: float(value) for name, value in self.evaluate(self.model, config.eval_batches).items()}
+            )
         self.model.train()
         if config.best_metric is None:
             return False
@@ -331,7 +352,9 @@ class Trainer:
         """Write the checkpoint of this step."""
         best = self.best and self.best["step"]
         keep_last = self.config.keep_last
-        self.checkpoint = checkpoint.save(self.path, self.step, self._write, keep_last=keep_last, best=best)
+        self.checkpoint = self.world.once(
+            lambda: checkpoint.save(self.path, self.step, self._write, keep_last=keep_last, best=best)
+        )
 
     def _write(self, directory: Path) -> None:
         self.model.save_pretrained(directory, self.tokenizer)
@@ -343,15 +366,8 @@ class Trainer:
 
     def load(self) -> None:
         """Put the newest whole checkpoint's state back, and cut the log to its step; without one, start at step 0."""
-        directory = checkpoint.latest(self.path)
+        directory, state = self.world.once(self._find)
         if directory is not None:
-            state = checkpoint.read_trainer(directory)
-            for part in ("config", "settings"):
-                _refuse_changes(state[part], self.saved[part], self.path)
-            if state["versions"] != _versions():
-                logger.warning(
-                    "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
-                )
             hub.load_into(self.model, directory)
             try:
                 load_optimizer_state(self.model, self.optimizer, safetensors.torch.load_file(directory / OPTIMIZER))
@@ -359,7 +375,21 @@ class Trainer:
                 raise ValueError(f"{directory / OPTIMIZER}: {error}") from None
             self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
             self.best, self.metrics = state["best"], state["metrics"]
-        truncate_metrics(self.path / METRICS, self.step)
+        self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
+
+    def _find(self) -> tuple[Path | None, dict | None]:
+        """The checkpoint to continue from and its `trainer.json`, or None; refused where it is of another run."""
+        directory = checkpoint.latest(self.path)
+        if directory is None:
+            return None, None
+        state = checkpoint.read_trainer(directory)
+        for part in ("config", "settings"):
+            _refuse_changes(state[part], self.saved[part], self.path)
+        if state["versions"] != _versions():
+            logger.warning(
+                "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
+            )
+        return directory, state
 
 
 @contextlib.contextmanager
