@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -234,8 +233,8 @@ def test_a_machine_with_fewer_gpus_than_processes_is_refused(monkeypatch):
     assert World(2, 4).place(torch.device("cpu")) == torch.device("cpu")
 
 
-def torchrun(options, command):
-    """torchrun as a process, its output in one pipe."""
+def torchrun(options, command, output):
+    """torchrun as a process, all of whose output goes into a file."""
     launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d"
     launcher += " --rdzv-endpoint localhost:0"
     environment = os.environ | {
@@ -243,10 +242,11 @@ def torchrun(options, command):
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    return subprocess.Popen(
-        [*launcher.split(), *options.split(), "-m", "minibert.cli", *command.split()],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    with open(output, "w") as file:
+        return subprocess.Popen(
+            [*launcher.split(), *options.split(), "-m", "minibert.cli", *command.split()],
+            env=environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
 
 def children(pid):
@@ -262,7 +262,7 @@ def kill_one_after_a_checkpoint(process, run_dir, known, rng):
             os.kill(rng.choice(workers), signal.SIGKILL)
             return step
         time.sleep(0.01)
-    raise AssertionError(process.stdout.read()[-3000:])
+    raise AssertionError(f"torchrun ended after step {known}")
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
@@ -274,17 +274,16 @@ def test_a_run_under_torchrun_completes_though_its_processes_are_killed(tmp_path
         " --device cpu --arch.hidden_size 32 --arch.num_attention_heads 2 --arch.intermediate_size 48 --max-length 48"
         " --batch-tokens 512 --save-every 2 --log-every 1 --resume"
     )
-    process = torchrun(f"--max-restarts {kills}", command)
+    process = torchrun(f"--max-restarts {kills}", command, tmp_path / "output")
     rng, reached = random.Random(5), 0
     for _ in range(kills):
         reached = kill_one_after_a_checkpoint(process, tmp_path / "run", reached, rng)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
+    assert process.wait(timeout=120) == 0
+    output = (tmp_path / "output").read_text()
     assert [record["step"] for record in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, steps + 1))
     assert latest(tmp_path / "run").name == f"step-{steps}"
-    # each start said its options once, and the end is told once
-    assert output.count("minibert pretrain\n") == kills + 1 and len(re.findall(r"\bmlm_accuracy\b", output)) >= 1
-    assert output.count("best_constant_accuracy") <= 2
+    assert output.count("minibert pretrain\n") == kills + 1  # one of the two says it, at each start
+    assert output.count("best_constant_accuracy") == 1
 
 
 def test_verbs_for_one_process_refuse_to_be_several(monkeypatch, capsys):
