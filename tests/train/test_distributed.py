@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,10 +18,15 @@ from tiny_run import KINDS, Stream, evaluate_loss, make_config, make_model, run
 
 from minibert.cli import main
 from minibert.data.sample import write_sample_corpus
-from minibert.train import World, checkpoint, claim, join, latest, read_metrics, train
+from minibert.train import NonFiniteError, World, checkpoint, claim, join, latest, read_metrics, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (5, 2, 7)  # so that micro-batches, and what is labelled in them, are of unequal size
+
+
+class Failed(NamedTuple):
+    kind: str
+    message: str
 
 
 def free_port():
@@ -30,7 +36,7 @@ def free_port():
 
 
 def together(size, work, folder, seconds=60):
-    """What `work(world)` returned or raised in each of `size` forked processes."""
+    """What `work(world)` returned in each of `size` forked processes, or how it `Failed`."""
     folder.mkdir(exist_ok=True)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     pids = []
@@ -45,7 +51,7 @@ def together(size, work, folder, seconds=60):
                     with join() as world:
                         value = work(world)
                 except BaseException as error:
-                    value = error
+                    value = Failed(type(error).__name__, str(error))
                 (folder / f"{rank}.pickle").write_bytes(pickle.dumps(value))
             finally:
                 os._exit(0)
@@ -133,20 +139,19 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_without_a_step(tmp_p
                 output.mlm_loss = output.mlm_loss * float("nan")
 
         model.register_forward_hook(spoil)
-        try:
+        with pytest.raises(NonFiniteError) as caught:
             train_tiny(tmp_path / "run", model=model, config=make_config(accumulate=2), data=Stream("pretraining"))
-        except Exception as error:
-            return type(error).__name__, str(error), model.state_dict()
+        return str(caught.value), model.state_dict()
 
     results = together(2, work, tmp_path)
     expected = "step 3: mlm_loss is nan on samples 25 to 29; no optimizer step was made: try a lower lr"
-    assert [result[:2] for result in results] == [("NonFiniteError", expected)] * 2
+    assert [message for message, _ in results] == [expected] * 2
     assert [record["step"] for record in log_of(tmp_path / "run")] == [1, 2]
     model = make_model("pretraining")
     config = make_config(accumulate=2)
     with pytest.raises(Crash):
         run(tmp_path / "cut", model=model, config=config, data=Stream("pretraining", before=crash_at(30)))
-    assert_weights_are_close(dict(model.named_parameters()), results[0][2])
+    assert_weights_are_close(dict(model.named_parameters()), results[0][1])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -158,9 +163,8 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(alone, tmp_pat
     results = together(
         2, lambda world: train_tiny(tmp_path / "run", data=Stream("pretraining", SIZES, before)), tmp_path / "stopped"
     )
-    assert [(type(error).__name__, error.args) for error in results] == [("Interrupted", results[0].args)] * 2
-    step = checkpoint.steps(tmp_path / "run")[-1]
-    assert step == 3 and f"SIGTERM after step {step}, saved" in results[0].args[0]
+    where = tmp_path / "run" / "step-3"
+    assert results == [Failed("Interrupted", f"SIGTERM after step 3, saved in {where}: continue with --resume")] * 2
     [*_, (_, weights)] = together(size, lambda world: train_tiny(tmp_path / "run", resume=True), tmp_path / "continued")
     assert_logs_are_close(alone[0], tmp_path / "run")
     assert_weights_are_close(alone[2], weights)
@@ -170,12 +174,9 @@ def test_two_processes_resumed_equal_two_that_never_stopped(tmp_path):
     def work(world):
         train_tiny(tmp_path / "whole")
         world.total(1)  # the lock is free
-        try:
-            train_tiny(tmp_path / "cut", data=Stream("pretraining", SIZES, crash_at(117 if world.rank else 112)))
-        except Exception as error:
-            return type(error).__name__
+        train_tiny(tmp_path / "cut", data=Stream("pretraining", SIZES, crash_at(117 if world.rank else 112)))
 
-    together(2, work, tmp_path / "a")
+    assert [failed.kind for failed in together(2, work, tmp_path / "a")] == ["Crash", "Crash"]
     assert len(log_of(tmp_path / "cut")) == 5
     together(2, lambda world: train_tiny(tmp_path / "cut", resume=True), tmp_path / "b")
     assert_runs_are_equal(tmp_path / "whole", tmp_path / "cut", 10)
@@ -205,14 +206,11 @@ def test_what_the_first_process_refuses_ends_the_others(tmp_path, what):
         train_tiny(tmp_path / "run", config=make_config(steps=1))
     config = make_config(accumulate=3 if what == "accumulate" else 2)
     first, second = together(2, lambda world: train_tiny(tmp_path / "run", config=config), tmp_path)
-    assert isinstance(first, ValueError) and type(second).__name__ == "PeerFailed"
-    assert (
-        str(first)
-        == {
-            "accumulate": "accumulate=3 is not divisible by 2 processes: use 4",
-            "claim": f"{tmp_path / 'run'} already holds a run: continue it with --resume, or choose another output",
-        }[what]
-    )
+    message = {
+        "accumulate": "accumulate=3 is not divisible by 2 processes: use 4",
+        "claim": f"{tmp_path / 'run'} already holds a run: continue it with --resume, or choose another output",
+    }[what]
+    assert (first, second) == (Failed("ValueError", message), Failed("PeerFailed", "rank 0 failed, and says why"))
 
 
 def test_alone_nothing_is_reduced():
