@@ -8,6 +8,8 @@ Alone there is no process group, and every function here hands back what it was 
 
 import contextlib
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ..batch import Batch
@@ -22,6 +26,7 @@ from . import checkpoint
 from .checkpoint import Run
 
 T = TypeVar("T")
+POLL_SECONDS = 0.02
 
 
 class PeerFailed(RuntimeError):
@@ -138,13 +143,21 @@ class World:
                 raise PeerFailed("rank 0 failed, and says why")
             yield answer[0]
 
-    def spread(self, module: nn.Module) -> nn.Module:
-        """The module, whose gradients are now means over the ranks."""
+    def spread(self, losses: nn.Module, *example) -> nn.Module:
+        """`Losses` whose gradients are now means over the ranks; `example` is called with once, and without effect.
+
+        An objective may leave out a head, whose parameters must stay without a gradient, as they do in one process:
+        DDP looks for them in every step, which takes time, and is asked to only where there are any.
+        """
         if self.size == 1:
-            return module
-        # an objective may leave out a head: its parameters must stay without a gradient, as they do in one process
-        options = {"find_unused_parameters": True, "gradient_as_bucket_view": True, "broadcast_buffers": False}
-        return DistributedDataParallel(module, **options)
+            return losses
+        parameters = [p for p in losses.parameters() if p.requires_grad]
+        found = torch.autograd.grad(sum(losses(*example).values()), parameters, allow_unused=True)
+        return DistributedDataParallel(
+            losses,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=any(gradient is None for gradient in found),
+        )
 
     def reducing(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch: gradients travel with the last one of a step only."""
@@ -181,11 +194,41 @@ def join() -> Iterator[World]:
         return
     if _local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(_local_rank())  # what `cuda` means from here on
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, rank, size = next(rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=_of_this_start(store, rank, size), rank=rank, world_size=size)
     try:
         yield World.current()
+    except BaseException as error:
+        # the frames of an error hold DDP, which outlives the group then and waits for it forever when it is freed
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+        raise
     finally:
         distributed.destroy_process_group()
+
+
+def _of_this_start(store: Store, rank: int, size: int) -> Store:
+    """A part of the store that no earlier start has written into.
+
+    torchrun may keep a store over restarts, and in it are the addresses of processes that are gone. So every rank says
+    a word that was never said before, and rank 0 answers with all that it finds, until each has found its own among
+    them: then rank 0's word is the name of this start.
+    """
+    word = os.urandom(8).hex()
+    store.set(f"word/{rank}", word)
+    others = range(1, size)
+    while rank == 0:
+        store.set("answer", " ".join([word, *(store.get(f"word/{other}").decode() for other in others)]))
+        heard = [f"heard/{other}" for other in others]
+        if store.check(heard) and all(store.get(key).decode() == word for key in heard):
+            return PrefixStore(word, store)
+        time.sleep(POLL_SECONDS)
+    while (answer := store.get("answer").decode().split())[rank : rank + 1] != [word]:
+        time.sleep(POLL_SECONDS)
+    store.set(f"heard/{rank}", answer[0])
+    return PrefixStore(answer[0], store)
 
 
 def started() -> World:

@@ -216,7 +216,7 @@ class Trainer:
         self.best, self.metrics, self.checkpoint = None, {}, None
         if run.resume:
             self.load()
-        self.losses = self.world.spread(Losses(self.model))
+        self.losses = Losses(self.model)
 
     def run(self) -> Result:
         """Train from where the state is to the last step."""
@@ -231,6 +231,10 @@ class Trainer:
         ):
             self.model.train()
             drawn = self._draw(self.cursor) if self.step < config.steps else None
+            if drawn:
+                with self._autocast():
+                    example = drawn[0][0].to(self.device), config.seed, list(drawn[1][0])
+                    self.losses = self.world.spread(self.losses, *example)
             while self.step < config.steps:
                 begun = time.monotonic()
                 batches, weights, cursor = drawn
