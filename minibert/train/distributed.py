@@ -52,9 +52,12 @@ class World:
 
     def check(self, accumulate: int) -> None:
         """Raise ValueError unless every process gets as many micro-batches of a step."""
-        if accumulate % self.size:
-            near = -(-accumulate // self.size) * self.size
+        if (near := self.fill(accumulate)) != accumulate:
             raise ValueError(f"accumulate={accumulate} is not divisible by {self.size} processes: use {near}")
+
+    def fill(self, count: int) -> int:
+        """The least number from `count` on of which every process gets as many."""
+        return -(-count // self.size) * self.size
 
     def place(self, device: torch.device) -> torch.device:
         """Where this process computes: of GPUs, the one of its LOCAL_RANK.
