@@ -13,6 +13,10 @@ test: $(SETUP)
 fuzz: $(SETUP)
 	$(BIN)/python -m pytest -n 2 -m "not gpu" -k any_call --fuzz 2000 tests/kernels
 
+# minutes: every fault of docs/trust.md as often as the page says
+faults: $(SETUP)
+	$(BIN)/python -m tests.faults
+
 lint: $(SETUP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -34,4 +38,4 @@ bench: $(SETUP)
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks gpu --minutes $(or $(MINUTES),9)
 
-.PHONY: demo test fuzz lint xray bench gpu
+.PHONY: demo test fuzz faults lint xray bench gpu

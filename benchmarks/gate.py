@@ -6,6 +6,9 @@ rounds otherwise a seventh of it. In lower precision it may be FACTOR times as f
 reference itself is in that precision.
 """
 
+from collections.abc import Callable, Hashable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,24 @@ FACTOR = 2.0  # lower precision; root mean square, against the reference's own
 
 class Refused(ValueError):
     """A provider that is not timed, and why."""
+
+
+class Once:
+    """What was made under a key, or the error that this ended with: nobody is built or judged twice."""
+
+    def __init__(self):
+        self._kept: dict[Hashable, tuple[Any, Exception | None]] = {}
+
+    def __call__(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._kept:
+            try:
+                self._kept[key] = make(), None
+            except Exception as error:
+                self._kept[key] = None, error
+        made, error = self._kept[key]
+        if error is not None:
+            raise error
+        return made
 
 
 def judge(

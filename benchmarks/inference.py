@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch
 from minibert.config import BertConfig
 
 from . import lengths, peers
-from .gate import judge
+from .gate import Once, judge
 from .measure import Case, Work
 from .peers import Encoder, Place
 
@@ -66,14 +67,25 @@ class Reference:
         means = torch.stack([part.mean(0) for part in embedded])
         return {"states": states(encoder, self.ids), "embeddings": means}
 
-    def check(self, name: str, make: Callable[[Place], dict], place: Place) -> None:
-        """Raise `Refused` where `make(place)` differs; in lower precision its float32 twin is judged first: rounding
-        would hide a wrong formula."""
-        for dtype, same in ((torch.float32, None), (place.dtype, self.same)):
-            if dtype == torch.float32 or same:
-                found = make(replace(place, dtype=dtype))
-                known = {what: self.truth[what] for what in found}
-                judge(f"{name} in float32" if self.same and not same else name, found, known, same)
+    def judged(self, name: str, make: Callable[[Place], Any], place: Place, results: Callable[[Any], dict], once: Once):
+        """What `make(place)` gives, made and judged once; in lower precision its float32 twin is judged first: rounding
+        would hide a wrong formula.
+
+        Raises:
+            Refused: its results differ.
+        """
+
+        def judge_at(place, same, label):
+            made = make(place)
+            found = results(made)
+            judge(label, found, {what: self.truth[what] for what in found}, same)
+            return made
+
+        exact = replace(place, dtype=torch.float32)
+        if place == exact:
+            return once((name, place), lambda: judge_at(place, None, name))
+        once((name, exact), lambda: judge_at(exact, None, f"{name} in float32"))
+        return once((name, place), lambda: judge_at(place, self.same, name))
 
 
 def texts_of(ids: list[np.ndarray]) -> list[str]:
@@ -92,16 +104,9 @@ def states(encoder: Encoder, ids: list[np.ndarray]) -> torch.Tensor:
     return encoder.states(encoder.run(inputs), inputs).cpu()
 
 
-def build(
-    name: str, make: Callable[[Place], Encoder], place: Place, reference: Reference, batches
-) -> Callable[[], None]:
-    """Judge an encoder, then the call that runs all batches.
-
-    Raises:
-        Refused: its states differ.
-    """
-    reference.check(name, lambda place: {"states": states(make(place), reference.ids)}, place)
-    encoder = make(place)
+def build(name: str, make: Callable[[Place], Encoder], place: Place, reference: Reference, batches, once: Once):
+    """Judge an encoder, then the call that runs all batches."""
+    encoder = reference.judged(name, make, place, lambda made: {"states": states(made, reference.ids)}, once)
     inputs = [encoder.prepare(batch) for batch in batches]
 
     @torch.inference_mode()
@@ -112,15 +117,14 @@ def build(
     return run
 
 
-def build_embedder(name: str, make, place: Place, reference: Reference, texts: list[str], batch_size: int):
+def build_embedder(name: str, make, place: Place, reference: Reference, texts: list[str], once: Once):
     """Judge what makes embeddings of texts, then the call that embeds them all."""
 
-    def embeddings(place):
-        with torch.inference_mode():
-            return {"embeddings": make(place, batch_size)(reference.texts).cpu()}
+    @torch.inference_mode()
+    def embeddings(embed):
+        return {"embeddings": embed(reference.texts).cpu()}
 
-    reference.check(name, embeddings, place)
-    embed = make(place, batch_size)
+    embed = reference.judged(f"{name}, texts", make, place, embeddings, once)
     return torch.inference_mode()(lambda: embed(texts))
 
 
@@ -129,7 +133,8 @@ def cases(
     device: str = "cpu", backend: str = "auto", only: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Case]:  # fmt: skip
     """Two cases for every distribution of lengths, precision and number of threads: from ids, and from texts."""
-    providers = PROVIDERS | (CUDA_PROVIDERS if device == "cuda" else CPU_PROVIDERS)
+    providers, once = PROVIDERS | (CUDA_PROVIDERS if device == "cuda" else CPU_PROVIDERS), Once()
+    embedders = {provider: partial(make, batch_size=batch_size) for provider, make in EMBEDDERS.items()}
     for dtype in dtypes:
         for count in threads:
             place = Place(weights=weights, dtype=dtype, device=device, threads=count, backend=backend)
@@ -147,7 +152,7 @@ def cases(
                 yield Case(
                     suite="infer", name=f"{name}, batch {batch_size}", labels=labels, work=work, baseline=BASELINE,
                     providers={
-                        provider: partial(build, provider, make, place, reference, batches)
+                        provider: partial(build, provider, make, place, reference, batches, once)
                         for provider, make in providers.items() if only(provider)
                     },
                 )  # fmt: skip
@@ -156,8 +161,8 @@ def cases(
                     suite="embed", name=f"{name}, texts, batch {batch_size}", labels=labels, work=work,
                     baseline="sentence-transformers",
                     providers={
-                        provider: partial(build_embedder, provider, make, place, reference, texts, batch_size)
-                        for provider, make in EMBEDDERS.items() if only(provider)
+                        provider: partial(build_embedder, provider, make, place, reference, texts, once)
+                        for provider, make in embedders.items() if only(provider)
                     },
                 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from minibert_kernels import reference
 from minibert_kernels.reference import SequenceLayout
 
 from .cases import BOTH, TABLE, Draw, OpCase, Problem, Tensors, gate_sizes, sizes_of
-from .gate import Refused, judge
+from .gate import Once, Refused, judge
 from .measure import Case, on_device, side_stream
 
 
@@ -213,6 +213,7 @@ class Gate:
 
     def __init__(self, case: OpCase, dtype: torch.dtype, device: str):
         self.problem = case.make(gate_sizes(case), dtype.itemsize, Draw(device, seed=1))
+        self.once = Once()  # both directions are judged together
         self.dtype, self.truth = dtype, self.outcome(self._reference, torch.float64)
         lower = dtype != torch.float32 and self.problem.wanted
         self.same = self.outcome(torch_eager, dtype) if lower else None
@@ -254,7 +255,7 @@ def build(name: str, provider: Provider, problem: Problem, gate: Gate, direction
         raise Refused(f"{name}: needs a GPU")
     # a backward that is captured must have had its forward on the stream that captures
     with torch.cuda.stream(side_stream()) if on_gpu else nullcontext():
-        gate.check(name, provider, on_gpu and name in HALF_ONLY)
+        gate.once(name, lambda: gate.check(name, provider, on_gpu and name in HALF_ONLY))
         bound = provider(problem, problem.cast(gate.dtype), problem.dropout)
         leaves = [bound.leaves[name] for name in problem.wanted]
         if direction == "fwd":

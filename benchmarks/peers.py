@@ -61,7 +61,14 @@ def random_weights(config: BertConfig, folder: Path, kind: type = BertModel) -> 
 
 
 def minibert_model(place: Place) -> BertModel:
-    return BertModel.from_pretrained(place.weights, backend=place.backend).to(place.device, place.dtype).eval()
+    return owned(BertModel.from_pretrained(place.weights, backend=place.backend)).to(place.device, place.dtype).eval()
+
+
+def owned(model: nn.Module) -> nn.Module:
+    """With weights in memory of their own: those mapped from a file may be put out while others run."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def minibert(place: Place, **compiled: Any) -> Encoder:
@@ -100,7 +107,7 @@ def hf_model(name: str, place: Place, attention: str, dropout: float = 0.0, **op
         dtype=torch.float32,
         **options,
     )
-    return model.to(place.device, place.dtype)
+    return owned(model).to(place.device, place.dtype)
 
 
 def onnx_runtime(place: Place) -> Encoder:
@@ -186,6 +193,7 @@ def sentence_transformers_embedder(place: Place, batch_size: int) -> Embedder:
 
     options = {"dtype": torch.float32, "local_files_only": True}
     encoder = Transformer(str(place.weights), model_kwargs=options, processor_kwargs={"local_files_only": True})
+    owned(encoder)
     pooling = Pooling(encoder.get_embedding_dimension(), "mean")
     model = SentenceTransformer(modules=[encoder, pooling], device=place.device).to(place.dtype)
     return lambda texts: model.encode(
@@ -223,7 +231,7 @@ def minibert_trainee(place: Place, dropout: float, **compiled: Any) -> Trainee:
     model = BertForPreTraining.from_pretrained(
         place.weights, backend=place.backend, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
     )
-    model = model.to(place.device).train()
+    model = owned(model).to(place.device).train()
     call = torch.compile(model, **compiled) if compiled else model
 
     def gradients():

@@ -108,10 +108,10 @@ def update_readme(path: Path, record: dict) -> list[str]:
     """
     text, done = path.read_text(encoding="utf-8"), []
     for suite, rows in by_suite(record).items():
-        pattern = re.compile(rf"(<!-- {suite} -->\n).*?(\n<!-- /{suite} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {suite} -->\n).*?(<!-- /{suite} -->)", re.DOTALL)
         if pattern.search(text):
             table = markdown(rows)
-            text = pattern.sub(lambda found, table=table: found[1] + table + found[2], text)
+            text = pattern.sub(lambda found, table=table: found[1] + table + "\n" + found[2], text)
             done.append(suite)
     path.write_text(text, encoding="utf-8")
     return done

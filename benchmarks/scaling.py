@@ -20,6 +20,7 @@ from minibert import BertForPreTraining
 from minibert.config import BertConfig
 
 from . import training
+from .gate import Once
 from .measure import Case, Work
 from .peers import Place, random_weights
 
@@ -66,7 +67,7 @@ def cases(
             else:
                 ranks = []
                 builds = {
-                    name: partial(training.build, name, training.PROVIDERS[name], place, reference, [batch])
+                    name: partial(training.build, name, training.PROVIDERS[name], place, reference, [batch], Once())
                     for name in names
                 }
             yield Case(

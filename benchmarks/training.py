@@ -18,7 +18,7 @@ from minibert.config import BertConfig
 from minibert.train.optim import adamw
 
 from . import lengths, peers
-from .gate import grouped, judge
+from .gate import Once, grouped, judge
 from .inference import GATE_LENGTHS, forward_flops, padded_tokens, random_ids
 from .measure import Case, Work
 from .peers import Place, Trainee
@@ -123,9 +123,9 @@ class Loss(nn.Module):
         self.model, self.forward = trainee.model, trainee.loss
 
 
-def build(name: str, make: Callable[..., Trainee], place: Place, reference: Reference, batches) -> Callable[[], None]:
+def build(name: str, make: Callable[..., Trainee], place: Place, reference: Reference, batches, once: Once):
     """Judge a trainee, then the call that trains on all batches."""
-    check(name, make, place, reference)
+    once((name, place), lambda: check(name, make, place, reference))
     return steps(make, place, batches)
 
 
@@ -134,7 +134,7 @@ def cases(
     device: str = "cpu", backend: str = "auto", only: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[Case]:  # fmt: skip
     """A case for every distribution of lengths, precision and number of threads."""
-    providers = PROVIDERS | (CUDA_PROVIDERS if device == "cuda" else {})
+    providers, once = PROVIDERS | (CUDA_PROVIDERS if device == "cuda" else {}), Once()
     for dtype in dtypes:
         for count in threads:
             torch.set_num_threads(count)
@@ -153,7 +153,7 @@ def cases(
                     },
                     work=Work(tokens=int(sizes.sum()), sequences=len(sizes), flops=flops),
                     providers={
-                        provider: partial(build, provider, make, place, reference, batches)
+                        provider: partial(build, provider, make, place, reference, batches, once)
                         for provider, make in providers.items() if only(provider)
                     },
                     baseline=BASELINE,

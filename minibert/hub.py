@@ -164,7 +164,16 @@ def load_state(directory, allow_pickle: bool = False) -> dict[str, Tensor]:
     tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not tensors:
         raise ValueError(f"{directory / PICKLE}: expected a dictionary of tensors")
+    for name, value in state.items():
+        if not _is_stored(value):
+            raise ValueError(f"{directory / PICKLE}: {name!r} is not dense, or larger than what is stored of it")
     return state
+
+
+def _is_stored(value: Tensor) -> bool:
+    """Whether each element of a tensor has bytes of its own: a stride of 0 makes terabytes of four bytes."""
+    dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -186,7 +195,7 @@ def _load_shards(directory: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or Path(name).name != name or (directory / name).is_symlink():
             raise ValueError(f"{path}: {name!r} is not the name of a file in this directory")
         if not (directory / name).is_file():
-            raise ValueError(f"{path}: {name} is missing")
+            raise ValueError(f"{path}: {name!r} is missing")
         shard = _load_safetensors(directory / name)
         twice = sorted(shard.keys() & state.keys())
         if twice:

@@ -38,6 +38,15 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path, monkey
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path / 'x'}'"):
+        write_atomically(tmp_path / "x", "new")
+
+
 def test_the_new_name_appears_only_after_the_content_is_on_the_disk(tmp_path, monkeypatch):
     calls = []
     fsync, replace = os.fsync, os.replace

@@ -357,7 +357,7 @@ def test_shards_load(sharded, trained):
 
 
 @pytest.mark.parametrize(
-    "hostile", ["../x.safetensors", "/etc/passwd", "link.safetensors", "sub/x.safetensors", "..", 3]
+    "hostile", ["../x.safetensors", "/etc/passwd", "link.safetensors", "sub/x.safetensors", "..", "", "a\nb", "a\0", 3]
 )
 def test_an_index_that_points_elsewhere_is_refused(sharded, tmp_path_factory, hostile):
     outside = tmp_path_factory.mktemp("outside") / "x.safetensors"
@@ -379,7 +379,7 @@ def test_broken_shards_and_indices_are_one_clear_line(sharded):
     save_file({name: value for name, value in state.items() if name != lost}, sharded / "b.safetensors")
     refused(lambda: load_state(sharded), INDEX, f"{lost} in no shard")
     (sharded / "b.safetensors").unlink()
-    refused(lambda: load_state(sharded), INDEX, "b.safetensors is missing")
+    refused(lambda: load_state(sharded), INDEX, "'b.safetensors' is missing")
     for content in ("", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"x": "a", "y": 1}}', "[" * 100_000):
         (sharded / INDEX).write_text(content)
         refused(lambda: load_state(sharded), INDEX, "expected an object with a weight_map")
@@ -483,6 +483,16 @@ def test_a_pickle_of_something_else_is_refused(pickled, content):
     refused(lambda: load_state(pickled, allow_pickle=True), "expected a dictionary of tensors")
     (pickled / "pytorch_model.bin").write_bytes((pickled / "pytorch_model.bin").read_bytes()[:50])
     refused(lambda: load_state(pickled, allow_pickle=True), "not a readable pickle of tensors")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(1).expand(2**38), torch.eye(3).to_sparse(), torch.ones(3, device="meta")],
+    ids=["a terabyte in four bytes", "sparse", "without values"],
+)
+def test_a_pickled_tensor_without_its_bytes_is_refused(pickled, value):
+    torch.save({"x": value}, pickled / "pytorch_model.bin")
+    refused(lambda: load_state(pickled, allow_pickle=True), "'x' is not dense, or larger than what is stored of it")
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])

@@ -182,6 +182,7 @@ def _loop(hidden, weight, bias, labels, ignore_index, smoothing, max_labels, ker
     dbias = hidden.new_zeros(vocab if wanted[2] else 0, dtype=wide)
     chunk = min(chunk_rows(vocab, hidden.element_size()), total)
     buffer = hidden.new_empty(chunk, -(-vocab // 64) * 64)  # rows begin at multiples of 128 bytes
+    buffer[:, vocab:] = 0  # a product on the CPU reads one more bfloat16 where the vocabulary is odd
     for start in range(0, total, chunk or 1):
         part = slice(start, start + chunk) if rows is None else rows[start : start + chunk]
         h, label = hidden[part], labels[part]

@@ -79,7 +79,7 @@ class SequenceLayout:
         if self.full:
             return x.unflatten(0, self.shape)
         padded = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return padded.index_copy(0, self.slot, x).unflatten(0, self.shape)
+        return padded.index_copy_(0, self.slot, x).unflatten(0, self.shape)
 
     def unpad(self, x):
         x = x.flatten(0, 1)
@@ -110,19 +110,20 @@ def dropout_add_norm(
     x, residual, weight, bias, *, dropout=0.0, seed=0, rows=None, eps=1e-12, kind="layernorm", prenorm=False
 ):
     """See `minibert_kernels.dropout_add_norm`."""
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    total = x.to(wide)
+    dtype, wide, total = x.dtype, torch.promote_types(x.dtype, torch.float32), x
     if dropout > 0.0:
         if rows is None:
             rows = torch.arange(total.shape[:-1].numel(), device=x.device)
         keep = row_keep(seed, dropout, rows.flatten(), x.shape[-1]).view(x.shape)
-        total = torch.where(keep, total * keep_scale(dropout), 0)
+        total = torch.where(keep, total.to(wide) * keep_scale(dropout), 0)
     if residual is not None:
-        total = total + residual.to(wide)
-    if residual is not None or dropout > 0.0:
-        total = total.to(dtype).to(wide)  # what is normalised is what backward, or a following layer, would read
-    out = normalise(total, weight, bias, eps, kind).to(dtype)
-    return (out, total.to(dtype)) if prenorm else out
+        total = total + residual
+    total = total.to(dtype)  # what is normalised is what backward, or a following layer, would read
+    if kind == "layernorm" and {dtype} == {p.dtype for p in (weight, bias) if p is not None}:
+        out = F.layer_norm(total, weight.shape, weight, bias, eps)  # torch's statistics are float32 without a copy
+    else:
+        out = normalise(total.to(wide), weight, bias, eps, kind).to(dtype)
+    return (out, total) if prenorm else out
 
 
 def normalise(x, weight, bias, eps, kind):

@@ -18,7 +18,7 @@ COPY_SHARE, MATRIX_SHARE = 0.9, 0.7
 EXPONENTIALS = 16  # a clock and multiprocessor
 LAUNCH = 3e-6
 TOKENS, HEADS, LENGTH = 16384, 12, 512  # what a kernel's time is predicted for; short forms have their own length
-STEP_TOKENS, LABELLED = 65536, 0.15  # of a step: tokens, and the share of them with a label
+STEP_TOKENS, LABELLED = 65536, 0.15  # of a step: tokens; and the share of tokens with a label
 LENGTHS = (128, 512)  # of its sequences: those of BERT's two phases
 
 
@@ -36,6 +36,7 @@ class Multiprocessor:
 # CUDA C++ Programming Guide, technical specifications per compute capability
 MULTIPROCESSORS = {
     80: Multiprocessor(shared=164 << 10),
+    89: Multiprocessor(shared=100 << 10, warps=48, blocks=24),
     90: Multiprocessor(shared=228 << 10),
     100: Multiprocessor(shared=228 << 10, tensor_columns=512),
     120: Multiprocessor(shared=100 << 10, warps=48, blocks=24),
@@ -43,20 +44,20 @@ MULTIPROCESSORS = {
 
 
 def occupancy(
-    arch: int, num_warps: int, registers: int, shared_bytes: int, tensor_columns: int = 0
+    capability: int, num_warps: int, registers: int, shared_bytes: int, tensor_columns: int = 0
 ) -> tuple[float, str]:
     """Resident warps over the most there can be, and what keeps them from being more.
 
     Registers are handed out to warps by 256, from a quarter of the file each; shared memory by 128 bytes, with 1 KiB a
     program for the driver. A persistent grid may launch fewer programs than would fit.
     """
-    sm, per_warp = MULTIPROCESSORS[arch], _round_up(32 * registers, 256)
+    sm, per_warp = MULTIPROCESSORS[capability], _round_up(32 * registers, 256)
     programs = {
         "warps": sm.warps // num_warps,
         "registers": 4 * (sm.registers // 4 // per_warp) // num_warps,
         "shared memory": sm.shared // _round_up(shared_bytes + 1024, 128),
-        "tensor memory": sm.tensor_columns // tensor_columns if tensor_columns else sm.blocks,
         "blocks": sm.blocks,
+        "tensor memory": sm.tensor_columns // tensor_columns if tensor_columns else sm.blocks,
     }
     limiter = min(programs, key=programs.get)
     return programs[limiter] * num_warps / sm.warps, limiter
@@ -68,44 +69,52 @@ def _round_up(n, multiple):
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
-    """arch: whose compiled code it runs here; matrix: dense bf16 FLOP/s; bandwidth: bytes/s; clock: Hz; l2: bytes."""
+    """capability: e.g. 89; matrix: dense bf16 FLOP/s; bandwidth: bytes/s; clock: Hz."""
 
-    arch: int
+    capability: int
     multiprocessors: int
     matrix: float
     bandwidth: float
     clock: float
-    l2: int
+
+    @property
+    def arch(self) -> int:
+        """Of the compiled code that stands for its own: Ada, 89, has the launch plans of 80."""
+        return 80 if self.capability == 89 else self.capability
 
 
 # NVIDIA's data sheets and architecture white papers; matrix peaks are dense, with float32 accumulation, at this clock
 GPUS = {
-    "a100": GPU(arch=80, multiprocessors=108, matrix=312e12, bandwidth=2.039e12, clock=1.41e9, l2=40 << 20),  # SXM 80GB
-    "rtx4090": GPU(arch=80, multiprocessors=128, matrix=165e12, bandwidth=1.008e12, clock=2.52e9, l2=72 << 20),
-    "l40s": GPU(arch=80, multiprocessors=142, matrix=362e12, bandwidth=0.864e12, clock=2.52e9, l2=96 << 20),
-    "h100": GPU(arch=90, multiprocessors=132, matrix=989e12, bandwidth=3.35e12, clock=1.83e9, l2=50 << 20),  # SXM
-    "h100-pcie": GPU(arch=90, multiprocessors=114, matrix=756e12, bandwidth=2.0e12, clock=1.62e9, l2=50 << 20),
-    "h200": GPU(arch=90, multiprocessors=132, matrix=989e12, bandwidth=4.8e12, clock=1.83e9, l2=50 << 20),  # SXM
-    "b200": GPU(arch=100, multiprocessors=148, matrix=2250e12, bandwidth=8.0e12, clock=1.85e9, l2=126 << 20),
-    "rtx5090": GPU(arch=120, multiprocessors=170, matrix=209e12, bandwidth=1.792e12, clock=2.41e9, l2=96 << 20),
+    "a100": GPU(capability=80, multiprocessors=108, matrix=312e12, bandwidth=2.039e12, clock=1.41e9),  # SXM, 80 GB
+    "rtx4090": GPU(capability=89, multiprocessors=128, matrix=165.2e12, bandwidth=1.008e12, clock=2.52e9),
+    "l40s": GPU(capability=89, multiprocessors=142, matrix=362e12, bandwidth=0.864e12, clock=2.52e9),
+    "h100": GPU(capability=90, multiprocessors=132, matrix=989.4e12, bandwidth=3.35e12, clock=1.83e9),  # SXM
+    "h100-pcie": GPU(capability=90, multiprocessors=114, matrix=756e12, bandwidth=2.0e12, clock=1.62e9),
+    "h200": GPU(capability=90, multiprocessors=132, matrix=989.4e12, bandwidth=4.8e12, clock=1.83e9),  # SXM
+    "b200": GPU(capability=100, multiprocessors=148, matrix=2250e12, bandwidth=8.0e12, clock=1.85e9),
+    "rtx5090": GPU(capability=120, multiprocessors=170, matrix=209.5e12, bandwidth=1.792e12, clock=2.41e9),
 }
+# which of an architecture a time is predicted for where none is named
+TYPICAL = {80: "a100", 90: "h200", 100: "b200", 120: "rtx5090"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a token costs: bytes moved, FLOPs of matrix products, exponentials."""
+    """What a unit costs: bytes moved, FLOPs of matrix products, exponentials; and how many units a batch has."""
 
     bytes: float
     flops: float = 0.0
     exponentials: float = 0.0
+    unit: str = "token"
+    units: int = TOKENS
 
 
-def seconds(work: Work, gpu: GPU, tokens: int = 1, launch: float = 0.0, matrix_share: float = MATRIX_SHARE):
-    """The time of `tokens` tokens, and the limit that binds."""
+def seconds(work: Work, gpu: GPU, units: int = 1, launch: float = 0.0, matrix_share: float = MATRIX_SHARE):
+    """The time of so many units, and the limit that binds."""
     limits = {
-        "memory": tokens * work.bytes / (COPY_SHARE * gpu.bandwidth),
-        "matrix": tokens * work.flops / (matrix_share * gpu.matrix),
-        "exponential": tokens * work.exponentials / (EXPONENTIALS * gpu.multiprocessors * gpu.clock),
+        "memory": units * work.bytes / (COPY_SHARE * gpu.bandwidth),
+        "matrix": units * work.flops / (matrix_share * gpu.matrix),
+        "exponential": units * work.exponentials / (EXPONENTIALS * gpu.multiprocessors * gpu.clock),
         "latency": launch,
     }
     bound = max(limits, key=limits.get)
@@ -117,12 +126,14 @@ ATTENTION = {"fwd": (2, 4), "dq": (3, 6), "dkdv": (4, 6), "dbias": (2, 4), "shor
 # bytes an element of a row moved by forward and backward, at the types of the compiled plans
 ROW_BYTES = {
     "bias_gelu": (4, 6), "bias_geglu": (6, 10), "bias_swiglu": (6, 10), "dropout_add_norm": (8, 8),
-    "embed_norm": (6, 10), "pack": (4, 4),
+    "embed_norm": (6, 10),
 }  # fmt: skip
+# reads and writes of a parameter or its gradient, and of float32 moments
+LAMB_ACCESSES = {"moments": (2, 4), "update": (2, 2), "without trust ratio": (3, 4)}
 
 
 def kernel_work(op: str, direction: str, plan: str) -> Work | None:
-    """What a token (for the loss, a labelled row) costs one kernel at least, or None where no such formula exists."""
+    """What a token, labelled row or parameter costs one kernel at least; None where the data decides."""
     number = {name: int(n) for n, name in re.findall(r"(\d+) (columns|tokens)", plan)}
     number |= {name: int(n) for name, n in re.findall(r"(d=|V=|short )(\d+)", plan)}
     if op == "attention":
@@ -131,11 +142,24 @@ def kernel_work(op: str, direction: str, plan: str) -> Work | None:
         scores, d = HEADS * number.get("short ", LENGTH), number["d="]
         return Work(bytes=HEADS * rows * 2 * d, flops=2 * products * scores * d, exponentials=scores)
     if op == "linear_cross_entropy":
-        passes = 1 if "gradient" not in plan else 2 if number["V="] <= 16384 else 3  # a wide row is read twice
-        return Work(bytes=2 * passes * number["V="], exponentials=number["V="])
+        gradient, vocab = "gradient" in plan, number["V="]
+        passes = 1 if not gradient else 2 if vocab <= 16384 else 3  # a wide row is read twice
+        return Work(
+            bytes=2 * passes * vocab, exponentials=(1 + gradient) * vocab, unit="labelled row",
+            units=round(LABELLED * TOKENS),
+        )  # fmt: skip
+    if op == "lamb_step":
+        dtype, part = plan.split(" ", 1)
+        own, moments = LAMB_ACCESSES[part]
+        size = (2 if dtype == "bf16" else 4) * own + 4 * moments
+        return Work(bytes=size, unit="parameter", units=MODELS["bert-base"].parameters)
     if op == "mlm_mask":
         return Work(bytes=3 * 8)
-    if op in ROW_BYTES and number["columns"] > 1:
+    if op == "pack":  # beside a row, where it comes from; one column is of int64 ids
+        return Work(bytes=8 + (16 if number["columns"] == 1 else 4 * number["columns"]))
+    if op == "segment_sum" and plan.startswith("runs"):  # written are as many rows as there are keys: not counted
+        return Work(bytes=16 + (2 if plan.endswith("bf16") else 4) * number["columns"])
+    if op in ROW_BYTES:
         width = ROW_BYTES[op][direction == "bwd"]
         if op == "dropout_add_norm" and "dropout" not in plan and direction == "bwd":
             width = 6  # the gradients of x and residual are one

@@ -42,7 +42,7 @@ from ._triton import AVAILABLE
 from .dispatch import interpreting
 
 SECTOR = 32
-TOKENS, WIDTH = 256, 768  # what the row ops are counted at, in float16
+TOKENS, WIDTH = 256, 768  # what the row ops are counted at, in float16, whose bytes are those of bfloat16
 
 
 class Traffic:
@@ -108,7 +108,7 @@ class Case:
     """A call whose bytes are counted.
 
     Args:
-        op: the public op. label: what tells cases of one op apart.
+        op: the public op. label: what tells cases of one op apart, as `xray.counted_label` has it.
         call: given the activations and parameters, returns the op's result.
         activations, parameters: tensors; those of a floating dtype get a gradient.
         forward, backward: the least bytes.
@@ -180,6 +180,12 @@ def cases() -> list[Case]:
             activations=(x, half(TOKENS, WIDTH)), parameters=(vector, vector.clone()),
             forward=4 * row, backward=4 * row,
         ),
+        Case(
+            op="dropout_add_norm",
+            call=lambda x, r, w, b: dropout_add_norm(x, r, w, b, backend="triton"),
+            activations=(x, half(TOKENS, WIDTH)), parameters=(vector, vector.clone()),
+            forward=4 * row, backward=3 * row,  # the gradients of x and residual are one
+        ),
     ]  # fmt: skip
     for op, width in ((bias_gelu, WIDTH), (bias_geglu, 2 * WIDTH), (bias_swiglu, 2 * WIDTH)):
         wide = row * width // WIDTH
@@ -203,25 +209,33 @@ def cases() -> list[Case]:
         )  # fmt: skip
     ids = torch.randint(1000, (TOKENS,), generator=generator)
     positions, types = torch.arange(TOKENS) % 128, torch.arange(TOKENS) // 64 % 2
-    distinct = len(ids.unique()) + 128 + 2
+    distinct, width = len(ids.unique()) + 128 + 2, WIDTH // 2
+
+    def embed(i, t, p, *tables):
+        with torch.autocast("cpu", torch.float16):  # float32 tables, a result of half their size
+            return embed_norm(i, t, p, *tables, dropout=0.1, backend="triton")
+
     found.append(
         Case(
-            op="embed_norm",
-            call=lambda i, t, p, *tables: embed_norm(i, t, p, *tables, dropout=0.1, backend="triton"),
-            activations=(ids, types, positions),
-            parameters=(*(half(n, WIDTH) for n in (1000, 128, 2)), vector.half(), vector.half()),
+            op="embed_norm", call=embed, activations=(ids, types, positions),
+            parameters=(*(single(n, width) for n in (1000, 128, 2)), single(width), single(width)),
             # the rows of the tables that occur are read, and in backward their gradients written
-            forward=row + distinct * WIDTH * 2, backward=row + 2 * distinct * WIDTH * 2,
+            forward=TOKENS * width * 2 + distinct * width * 4, backward=TOKENS * width * 2 + 2 * distinct * width * 4,
         )
     )  # fmt: skip
-    for rows, classes in ((64, 8192), (16, 30522)):  # a row in registers, and one that is too wide
+    # a row in registers, and one that is too wide
+    for rows, classes, gradient in ((64, 16384, True), (64, 16384, False), (16, 30522, True), (16, 30522, False)):
         labels = torch.randint(classes, (rows,), generator=generator)
+
+        def loss(h, y, w, b, rows=rows, gradient=gradient):
+            with torch.set_grad_enabled(gradient):
+                return linear_cross_entropy(h, w, b, y, max_labels=rows, backend="triton")
+
         found.append(
             Case(
-                op="linear_cross_entropy", label=f"V={classes}",
-                call=lambda h, y, w, b, n=rows: linear_cross_entropy(h, w, b, y, max_labels=n, backend="triton"),
+                op="linear_cross_entropy", label=f"V={classes}{' with gradient' * gradient}", call=loss,
                 activations=(half(rows, 64), labels), parameters=(half(classes, 64), half(classes)),
-                forward=2 * rows * classes * 2, backward=0, tokens=rows,
+                forward=((1 + gradient) * rows + 1) * classes * 2, backward=0, tokens=rows,  # and the bias
             )
         )  # fmt: skip
     cuts = torch.arange(0, TOKENS + 1, 64, dtype=torch.int32)
@@ -233,26 +247,38 @@ def cases() -> list[Case]:
     }
     for op, (call, tensor, forward, backward) in moves.items():
         found.append(Case(op=op, call=call, activations=(tensor,), forward=forward, backward=backward))
-    special, ids = torch.arange(1000) < 5, ids.repeat(16)
+    return [*found, *_mlm_mask_cases(), *_lamb_cases()]
+
+
+def _mlm_mask_cases():
+    special, ids = torch.arange(250) < 5, torch.arange(2048) * 7 % 250  # so few that all of a table is read
+    continues, ordinary = torch.arange(250) % 4 == 0, torch.arange(5, 250)
     cuts = torch.arange(0, len(ids) + 1, 64, dtype=torch.int32)
-    found.append(
-        Case(
-            op="mlm_mask",
-            call=lambda i: mlm_mask(
-                i, cuts, 64, mask_id=4, special=special, ordinary=torch.arange(5, 1000), backend="triton"
+    for unit in ("token", "word", "span"):
+        known = {"special": special, "ordinary": ordinary} | ({"continues": continues} if unit == "word" else {})
+        tables = sum(table.nbytes for table in known.values())
+        yield Case(
+            op="mlm_mask", label=unit,
+            call=lambda i, unit=unit, known=known: mlm_mask(
+                i, cuts, 64, mask_id=4, unit=unit, **known, backend="triton"
             ),
-            activations=(ids,), forward=3 * ids.nbytes + special.nbytes + 995 * 8, backward=0,
-        )
-    )  # fmt: skip
-    states = [[torch.zeros(64, WIDTH)] for _ in range(4)]
-    found.append(
-        Case(
-            op="lamb_step",
-            call=lambda x: (lamb_step(*states, lr=1e-3, step=1, backend="triton"), x)[1:],
-            activations=(x,), forward=10 * states[0][0].nbytes, backward=0,
-        )
-    )  # fmt: skip
-    return found
+            activations=(ids,), forward=3 * ids.nbytes + tables, backward=0,
+        )  # fmt: skip
+
+
+def _lamb_cases():
+    for name, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
+        for adapt in (True, False):
+            weights, moments = ([torch.zeros(64, WIDTH, dtype=t)] for t in (dtype, torch.float32))
+            states = (weights, [weights[0].clone()], moments, [moments[0].clone()])
+            own, of_moments = 3 * weights[0].nbytes, 4 * moments[0].nbytes
+            # the trust ratio is known when all was read: the update reads weight and moments again
+            again = weights[0].nbytes + 2 * moments[0].nbytes if adapt else 0
+            yield Case(
+                op="lamb_step", label=name + ("" if adapt else " without trust ratio"),
+                call=lambda x, s=states, a=adapt: (lamb_step(*s, lr=1e-3, step=1, adapt=a, backend="triton"), x)[1:],
+                activations=(moments[0],), forward=own + of_moments + again, backward=0,
+            )  # fmt: skip
 
 
 def main() -> int:

@@ -27,8 +27,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import minibert_kernels
-
 from . import embedding, gelu, lamb, layer_norm, masking, packing, segment
 from ._triton import AVAILABLE, triton
 from .attention import aot_cases as attention_cases
@@ -42,13 +40,14 @@ from .roofline import (
     MATRIX_SHARE,
     MODELS,
     STEP_TOKENS,
-    TOKENS,
+    TYPICAL,
     kernel_work,
     occupancy,
     seconds,
     step_rows,
     step_text,
 )
+from .xray_text import KEY, diff, markdown, table
 
 ARCHITECTURES = (80, 90, 100, 120)
 MODULES = (gelu, layer_norm, embedding, segment, packing, masking, lamb)
@@ -56,10 +55,13 @@ CASES = (attention_cases, cross_entropy_cases, *(module.aot_cases for module in 
 # the mnemonic with which each architecture multiplies matrices at full speed
 MATRIX_KIND = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 LIMITS = Path(__file__).with_name("xray_limits.json")
-CHUNK = 8  # kernels that a process compiles at once: the disassembler takes 0.2 s to start
-DIFFED = (
-    "num_warps", "num_stages", "registers", "spilled_bytes", "stack", "shared_bytes", "occupancy", "limiter",
-    "wide_share", "mma", "bytes_over_minimum",
+CHUNK = 12  # kernels that a process compiles at once: the disassembler takes 0.2 s to start
+# what is kept of a kernel, and of a count
+FACTS = (
+    "registers", "spilled_bytes", "stack", "shared_bytes", "tensor_columns", "mma", "wide_share",
+)  # fmt: skip
+COUNTED = (
+    "op", "label", "forward", "forward_over_minimum", "backward", "backward_over_minimum", "saved",
 )  # fmt: skip
 
 
@@ -74,9 +76,11 @@ class Row:
         occupancy: resident warps over the most there can be. limiter: what keeps them from being more.
         mma: matrix instructions in the code, by kind.
         wide_share: of the instructions that read or write global memory, those of 16 bytes or more a thread.
-        bytes_over_minimum: of the op and direction, as `traffic` counts them; None where it does not.
-        bytes_per_token, flops_per_token, intensity: as `roofline.kernel_work` has them; FLOPs of matrix products.
-        gpu, predicted_us, bound: the time of 16,384 tokens on a GPU, and the limit that binds.
+        bytes_over_minimum: of the op and direction, all kernels together, as `traffic` counts them; None where it does
+            not.
+        bytes_per_unit, flops_per_unit, intensity: what a `unit` (a token, a labelled row, a parameter) costs, by
+            `roofline.kernel_work`, and their quotient; FLOPs of matrix products. None where there is no formula.
+        gpu, predicted_us, bound: the time of a batch on a GPU that runs this code, and the limit that binds.
     """
 
     op: str
@@ -96,8 +100,9 @@ class Row:
     mma: dict = field(default_factory=dict)
     wide_share: float | None = None
     bytes_over_minimum: float | None = None
-    bytes_per_token: float | None = None
-    flops_per_token: float | None = None
+    unit: str | None = None
+    bytes_per_unit: float | None = None
+    flops_per_unit: float | None = None
     intensity: float | None = None
     gpu: str | None = None
     predicted_us: float | None = None
@@ -129,13 +134,25 @@ def _options(case):
 
 
 def _compile(case, capability, options):
-    """The compiled kernel, and what the assembler said."""
+    """The compiled kernel, and what the assembler said.
+
+    Raises:
+        RuntimeError: it does not compile; the compiler's own errors do not all cross a process border.
+    """
     from triton.backends.compiler import GPUTarget
 
-    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), redirect_stdout(io.StringIO()) as log:
-        # the assembler's report is not cached
+    with (
+        triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), triton.knobs.cache.scope(),
+        tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as log,
+    ):  # fmt: skip
+        # Triton's cache does not keep the assembler's report
         triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-        compiled = triton.compile(_source(case), target=GPUTarget("cuda", capability, 32), options=options)
+        triton.knobs.cache.dir = folder
+        try:
+            compiled = triton.compile(_source(case), target=GPUTarget("cuda", capability, 32), options=options)
+        except Exception as error:
+            name = f"{case.op} {case.direction} {case.label} sm_{capability}"
+            raise RuntimeError(f"{name} does not compile: {type(error).__name__}: {error}") from error
     return compiled, log.getvalue()
 
 
@@ -210,8 +227,8 @@ def _row(case, capability, options, facts):
     )
     work = kernel_work(case.op, case.direction, case.label)
     if work:
-        facts |= {"bytes_per_token": work.bytes, "flops_per_token": work.flops or None}
-        facts |= {"intensity": round(work.flops / work.bytes, 1) if work.flops else None}
+        facts |= {"unit": work.unit, "bytes_per_unit": work.bytes, "flops_per_unit": work.flops}
+        facts |= {"intensity": round(work.flops / work.bytes, 1)}
     return Row(
         op=case.op, direction=case.direction, plan=case.label, kernel=case.fn.__name__, arch=capability,
         num_warps=warps, num_stages=options["num_stages"], matmul=case.matmul, occupancy=round(share, 4),
@@ -220,32 +237,35 @@ def _row(case, capability, options, facts):
 
 
 def compile_all(architectures=ARCHITECTURES, only: str = "", processes: int = 2) -> list[Row]:
-    """A row for every case of every architecture, in order; only what is not in the cache is compiled."""
+    """A row for every case of every architecture, in order; only what is not in the cache is compiled.
+
+    Plans that come to the same code, as rows of 768 and of 1,024 columns do, are compiled once.
+    """
     work = [(arch, index, case) for arch in architectures for index, case in enumerate(cases(arch, only))]
     paths = [_cache_path(case, arch) for arch, _, case in work]
-    facts = [_read(path) for path in paths]
-    missing = [number for number, found in enumerate(facts) if found is None]
+    facts = {path: _read(path, FACTS) for path in paths}
     jobs = []
     for arch in architectures:
-        numbers = [number for number in missing if work[number][0] == arch]
-        jobs += [(arch, only, numbers[i : i + CHUNK]) for i in range(0, len(numbers), CHUNK)]
+        places = {path: i for (a, i, _), path in zip(work, paths, strict=True) if a == arch and facts[path] is None}
+        # every so many-th: neighbours are alike, and so the jobs last about as long as each other
+        count = -(-len(places) // CHUNK)
+        jobs += [(arch, only, list(places.items())[first::count]) for first in range(count)]
     if jobs:
         with ProcessPoolExecutor(min(processes, len(jobs))) as pool:
-            places = [[(work[number][1], paths[number]) for number in job[2]] for job in jobs]
-            for (_, _, numbers), found in zip(jobs, pool.map(_compile_numbered, jobs, places), strict=True):
-                for number, one in zip(numbers, found, strict=True):
-                    facts[number] = one
-    return [_row(case, arch, _options(case), found) for (arch, _, case), found in zip(work, facts, strict=True)]
+            for found in pool.map(_compile_numbered, jobs):
+                facts |= found
+    return [_row(case, arch, _options(case), facts[path]) for (arch, _, case), path in zip(work, paths, strict=True)]
 
 
-def _compile_numbered(job, places):
+def _compile_numbered(job):
     # a kernel does not cross a process border, its number does
-    arch, only, _ = job
-    chosen = [cases(arch, only)[index] for index, _ in places]
+    arch, only, places = job
+    chosen = [cases(arch, only)[index] for _, index in places]
     facts = _facts(chosen, arch, [_options(case) for case in chosen])
-    for (_, path), one in zip(places, facts, strict=True):
+    found = {path: one for (path, _), one in zip(places, facts, strict=True)}
+    for path, one in found.items():
         _write(path, one)
-    return facts
+    return found
 
 
 def _cache_folder() -> Path:
@@ -267,10 +287,13 @@ def _digest(parts):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _read(path):
+def _read(path, names):
+    """What was kept, if it has just these names; what was damaged is as good as missing."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        every = found if isinstance(found, list) else [found]
+        return found if every and all(set(one) == set(names) for one in every) else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -288,14 +311,14 @@ def _write(path, value):
 class Counting:
     """What `traffic` counts of some ops, in a process of its own: the interpreter is decided when Triton is imported.
 
-    It runs from construction, and `result` waits for it.
+    It runs from construction; `result` waits for it, `stop` does not.
     """
 
     def __init__(self, ops):
-        sources = [p for p in sorted(LIMITS.parent.glob("*.py")) if p.stem not in ("xray", "roofline")]
+        sources = [p for p in sorted(LIMITS.parent.glob("*.py")) if p.stem not in ("xray", "xray_text", "roofline")]
         key = _digest((triton.__version__, [(path.name, path.read_text(encoding="utf-8")) for path in sources]))
         self.paths = {op: _cache_folder() / f"traffic-{op}-{key}.json" for op in ops}
-        self.found = {op: _read(path) for op, path in self.paths.items()}
+        self.found = {op: _read(path, COUNTED) for op, path in self.paths.items()}
         self.missing = [op for op, found in self.found.items() if found is None]
         pattern = rf"^({'|'.join(self.missing)}) "
         command = [sys.executable, "-m", "minibert_kernels.traffic", "--json", "--only", pattern]
@@ -314,6 +337,11 @@ class Counting:
                 _write(self.paths[op], self.found[op])
         return [count for found in self.found.values() for count in found]
 
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
 
 def counted_ops(found) -> list[str]:
     """The ops that `traffic` counts for kernels of these ops: one kernel gathers for three."""
@@ -322,26 +350,41 @@ def counted_ops(found) -> list[str]:
 
 
 def with_bytes(row: Row, counts: list[dict]) -> Row:
-    """The row with the bytes that its op and direction move, over the minimum."""
-    label = None
-    if row.op == "attention":
-        label = "S=128" if "short" in row.plan else "S=256"
-    elif row.op == "linear_cross_entropy" and "gradient" in row.plan:
-        label = "V=8192" if "V=16384" in row.plan else "V=30522"
-    elif row.op == "linear_cross_entropy":
-        return row
-    name = "forward" if row.direction == "fwd" else "backward"
-    found = [c for c in counts if c["op"] == row.op and label in (None, c["label"]) and c[name]]
+    """The row with the bytes that its op and direction move, over the minimum, if a call of its form was counted."""
+    label, name = counted_label(row.op, row.plan), "forward" if row.direction == "fwd" else "backward"
+    found = [c for c in counts if (c["op"], c["label"]) == (row.op, label) and c[name]]
     return dataclasses.replace(row, bytes_over_minimum=found[0][f"{name}_over_minimum"] if found else None)
 
 
-def with_time(row: Row, gpu: str, matrix_share: float = MATRIX_SHARE) -> Row:
-    """The row with its predicted time, where it was compiled for that GPU and has a formula."""
-    work = kernel_work(row.op, row.direction, row.plan)
-    if work is None or GPUS[gpu].arch != row.arch:
-        return row
-    time, bound = seconds(work, GPUS[gpu], TOKENS, LAUNCH, matrix_share)
-    return dataclasses.replace(row, gpu=gpu, predicted_us=round(1e6 * time, 1), bound=bound)
+def counted_label(op: str, plan: str) -> str | None:
+    """The label of the call in `traffic` that reads and writes what a plan does; None where there is none.
+
+    Widths, head sizes and lengths may differ, and float16 stands for bfloat16; what is read or written may not.
+    """
+    if op == "attention":
+        return None if "bias" in plan else "S=128" if "short" in plan else "S=256"
+    if op == "dropout_add_norm":
+        return "dropout" if "dropout" in plan else ""
+    if op == "linear_cross_entropy":
+        return plan.replace("V=119547", "V=30522")
+    if op == "mlm_mask":
+        return plan.split(", ", 1)[1]
+    if op == "lamb_step":
+        return re.sub(" (moments|update)$", "", plan).replace("bf16", "fp16")
+    return None if (op, plan) == ("pack", "1 columns") else ""
+
+
+def with_time(row: Row, gpu: str | None = None, matrix_share: float = MATRIX_SHARE) -> Row:
+    """The row with its predicted time and occupancy on the named GPU, or where that runs other code on `TYPICAL`'s."""
+    name = gpu if gpu and GPUS[gpu].arch == row.arch else TYPICAL[row.arch]
+    found, work = {"gpu": name}, kernel_work(row.op, row.direction, row.plan)
+    if GPUS[name].capability != row.arch:
+        capacity = occupancy(GPUS[name].capability, row.num_warps, row.registers, row.shared_bytes)
+        found |= {"occupancy": round(capacity[0], 4), "limiter": capacity[1]}
+    if work:
+        time, bound = seconds(work, GPUS[name], work.units, LAUNCH, matrix_share)
+        found |= {"predicted_us": round(1e6 * time, 1), "bound": bound}
+    return dataclasses.replace(row, **found)
 
 
 def load_limits(path: str | Path = LIMITS) -> dict:
@@ -350,14 +393,40 @@ def load_limits(path: str | Path = LIMITS) -> dict:
     Raises:
         ValueError: a limit is unknown, or an exception does not say match, limit, value and reason.
     """
-    limits = json.loads(Path(path).read_text(encoding="utf-8"))
+    limits = _load(path)
     known = {"spilled_bytes", "missing_matrix_instructions", "bytes_over_minimum"}
-    if set(limits) != {"limits", "exceptions"} or set(limits["limits"]) != known:
+    whole = isinstance(limits, dict) and set(limits) == {"limits", "exceptions"}
+    if not whole or not isinstance(limits["limits"], dict) or set(limits["limits"]) != known:
         raise ValueError(f"{path}: expected limits ({', '.join(sorted(known))}) and exceptions")
     for exception in limits["exceptions"]:
-        if set(exception) != {"match", "limit", "value", "reason"} or exception["limit"] not in known:
+        names = set(exception) if isinstance(exception, dict) else set()
+        if names != {"match", "limit", "value", "reason"} or exception["limit"] not in known:
             raise ValueError(f"{path}: {exception} is not match, limit (one of the limits), value and reason")
+        _check_pattern(exception["match"], f"{path}: match=")
+    for value in (*limits["limits"].values(), *(exception["value"] for exception in limits["exceptions"])):
+        if not isinstance(value, int | float):
+            raise ValueError(f"{path}: a limit or value of {value!r} is no number")
     return limits
+
+
+def load_rows(path: str | Path) -> list[dict]:
+    """The rows of a --json, with or without --step.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    found = _load(path)
+    rows = found.get("rows") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEY) <= set(row) for row in rows):
+        raise ValueError(f"{path} is no output of --json: expected a list of rows with {', '.join(KEY)}")
+    return rows
+
+
+def _load(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def faults(rows: list[Row], counts: list[dict], limits: dict, whole: bool = False) -> list[str]:
@@ -393,76 +462,6 @@ def _measured(rows, counts):
             yield name, "bytes_over_minimum", count[key], f"moves {count[key]:.3f} times its least bytes"
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as aligned text."""
-    header = ["op", "case", "sm", "warps", "stages", "registers", "spilled", "stack", "shared", "occupancy", "limiter"]
-    header += ["wide", "bytes", "mma"]
-    cells = [
-        [r.op, f"{r.direction} {r.plan}", r.arch, r.num_warps, r.num_stages, r.registers, r.spilled_bytes, r.stack,
-         r.shared_bytes, f"{r.occupancy:.0%}", r.limiter, "-" if r.wide_share is None else f"{r.wide_share:.0%}",
-         "-" if r.bytes_over_minimum is None else f"{r.bytes_over_minimum:.3f}", _matrix_text(r)]
-        for r in rows
-    ]  # fmt: skip
-    if gpus := {r.gpu for r in rows if r.gpu}:
-        header += [f"us on {' '.join(gpus)}", "bound"]
-        for row, line in zip(rows, cells, strict=True):
-            line += ["-" if row.predicted_us is None else row.predicted_us, row.bound or "-"]
-    widths = [max(len(str(row[i])) for row in (header, *cells)) for i in range(len(header))]
-    return "\n".join("  ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True)) for row in (header, *cells))
-
-
-def markdown(rows: list[Row], counts: list[dict]) -> str:
-    """The tables of kernels/README.md: bytes an op (`traffic`), and what became of each plan on each architecture."""
-    lines = ["| op | case | file | lines | fwd bytes / minimum | bwd bytes / minimum | saved bytes a token |"]
-    lines.append("|---" * 7 + "|")
-    for c in counts:
-        file = Path(sys.modules[getattr(minibert_kernels, c["op"]).__module__].__file__)
-        lines.append(
-            f"| `{c['op']}` | {c['label'] or '–'} | `{file.name}` | {len(file.read_text().splitlines())} "
-            f"| {c['forward_over_minimum']:.3f} | {c['backward_over_minimum'] or '–'} | {c['saved']:g} |"
-        )
-    architectures = sorted({r.arch for r in rows})
-    found = {}
-    for r in rows:
-        cell = f"{r.registers} / {r.spilled_bytes} / {r.shared_bytes} / {r.occupancy:.0%}"
-        cell += f" / {_matrix_text(r)}" if r.matmul else ""
-        found.setdefault((r.op, f"{r.direction}, {r.plan}", r.kernel), {})[r.arch] = cell
-    lines += ["", "| op | plan | kernel | " + " | ".join(f"sm_{arch}" for arch in architectures) + " |"]
-    lines.append("|---" * (3 + len(architectures)) + "|")
-    for (op, plan, kernel), by_arch in found.items():
-        numbers = " | ".join(by_arch.get(arch, "–") for arch in architectures)
-        lines.append(f"| `{op}` | {plan} | `{kernel}` | {numbers} |")
-    return "\n".join(lines)
-
-
-def _matrix_text(row: Row) -> str:
-    return " ".join(f"{n} {kind}" for kind, n in row.mma.items()) or "-"
-
-
-def diff(old: list[dict], new: list[dict]) -> str:
-    """A line for each row that changed, is new or is gone."""
-    by_name = [{tuple(row[k] for k in ("op", "direction", "plan", "kernel", "arch")): row for row in t}
-               for t in (old, new)]  # fmt: skip
-    lines = []
-    for key, row in by_name[1].items():
-        name, before = f"{' '.join(key[:3])} sm_{key[4]}", by_name[0].get(key)
-        if before is None:
-            lines.append(f"new      {name}")
-            continue
-        changes = [_change(k, before.get(k), row[k]) for k in DIFFED if before.get(k) != row[k]]
-        if changes:
-            lines.append(f"changed  {name}: {', '.join(changes)}")
-    lines += [f"gone     {' '.join(key[:3])} sm_{key[4]}" for key in by_name[0] if key not in by_name[1]]
-    return "\n".join(lines) or "no difference"
-
-
-def _change(key, before, after):
-    if isinstance(before, dict) or isinstance(after, dict):
-        before, after = (" ".join(f"{n} {kind}" for kind, n in (x or {}).items()) or "none" for x in (before, after))
-    numbers = all(isinstance(x, int | float) for x in (before, after))
-    return f"{key} {before} → {after}" + (f" ({after - before:+.4g})" if numbers else "")
-
-
 def code(pattern: str, architectures, kind: str) -> str:
     """The "ptx" or "sass" of the cases whose "op direction plan" the pattern matches."""
     texts = []
@@ -485,23 +484,29 @@ def run(
 
     Raises:
         ValueError: an option is wrong, or there is no compiler here.
+        RuntimeError: a kernel does not compile, or cannot be counted.
     """
-    arch = _check(only, arch, gpu, step, (ptx, sass), tokens, matrix_share)
+    arch = _check(only, arch, gpu, step, (ptx, sass), lengths, tokens, matrix_share, processes)
+    if as_json + as_markdown + (diff_with is not None) > 1:
+        raise ValueError("json, markdown and diff exclude each other: one of them is printed")
     if ptx is not None or sass is not None:
         print(code(sass if ptx is None else ptx, arch, "sass" if ptx is None else "ptx"))
         return 0
-    limits, old = load_limits(limits or LIMITS), json.loads(Path(diff_with).read_text()) if diff_with else None
-    counting = Counting(counted_ops(case.op for a in arch for case in cases(a, only)))
-    rows = compile_all(arch, only, processes or os.cpu_count() or 1)
-    counts = counting.result()
-    rows = [with_bytes(row, counts) for row in rows]
-    if gpu:
-        rows = [with_time(row, gpu, matrix_share) for row in rows]
-    if not rows:
+    limits, old = load_limits(limits or LIMITS), load_rows(diff_with) if diff_with else None
+    ops = counted_ops(case.op for a in arch for case in cases(a, only))
+    if not ops:
         raise ValueError(f"only={only!r} matches no kernel")
+    counting = Counting(ops)
+    try:
+        rows = compile_all(arch, only, processes or os.cpu_count() or 1)
+        counts = counting.result()
+    finally:
+        counting.stop()
+    rows = [with_time(with_bytes(row, counts), gpu, matrix_share) for row in rows]
     found = [dataclasses.asdict(row) for row in rows]
-    models = step or (() if not gpu or as_json or as_markdown or diff_with else MODELS)
-    steps = step_rows(models, lengths or LENGTHS, (gpu,) if gpu else GPUS, tokens, matrix_share)
+    models = step or (() if only or as_json or as_markdown or diff_with else MODELS)
+    gpus = (gpu,) if gpu else [name for name, known in GPUS.items() if known.arch in arch]
+    steps = step_rows(models, lengths or LENGTHS, gpus, tokens, matrix_share)
     if as_json:
         print(json.dumps({"rows": found, "step": steps} if steps else found))
     elif diff_with:
@@ -516,27 +521,38 @@ def run(
     return 1 if broken else 0
 
 
-def _check(only, arch, gpu, step, patterns, tokens, matrix_share):
+def _check(only, arch, gpu, step, patterns, lengths, tokens, matrix_share, processes):
     """Raise the ValueError of a wrong option; returns the architectures."""
     if not AVAILABLE or interpreting():
         reason = "unset TRITON_INTERPRET" if AVAILABLE else "install triton (Linux only)"
         raise ValueError(f"needs Triton's compiler: {reason}")
     if gpu is not None and gpu not in GPUS:
         raise ValueError(f"gpu={gpu!r} is not one of {', '.join(GPUS)}")
-    arch = tuple(arch or ([GPUS[gpu].arch] if gpu else ARCHITECTURES))
+    arch = tuple(dict.fromkeys(arch or ([GPUS[gpu].arch] if gpu else ARCHITECTURES)))
     choices = (("arch", arch, ARCHITECTURES), ("step", step or (), MODELS))
     for name, values, known in choices:
         for value in values:
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(str, known))}")
-    if tokens < 1 or not 0 < matrix_share <= 1:
-        raise ValueError(f"tokens={tokens}, matrix_share={matrix_share}: expected at least 1, and at most 1 above 0")
+    if gpu and GPUS[gpu].arch not in arch:
+        raise ValueError(f"gpu={gpu!r} runs the code of sm_{GPUS[gpu].arch}, which is not in arch={list(arch)}")
+    for name, value in (("tokens", tokens), ("processes", processes or 1), *(("lengths", n) for n in lengths or ())):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
+    if not 0 < matrix_share <= 1:
+        raise ValueError(f"matrix_share={matrix_share}: expected at most 1, and above 0")
+    if all(pattern is not None for pattern in patterns):
+        raise ValueError("ptx and sass exclude each other: one of them is printed")
     for pattern in (only, *patterns):
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        _check_pattern(pattern or "")
     return arch
+
+
+def _check_pattern(pattern, where=""):
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{where}{pattern!r} is no regular expression: {error}") from None
 
 
 def main() -> int:
@@ -544,7 +560,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m minibert_kernels.xray", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="PATTERN", help='of "op direction plan", as the table has them')
     parser.add_argument("--arch", type=int, nargs="+", help=f"by default {ARCHITECTURES}, or that of --gpu")
-    parser.add_argument("--gpu", help=f"predict times on one: {', '.join(GPUS)}")
+    parser.add_argument("--gpu", help=f"predict times on one of {', '.join(GPUS)}")
     parser.add_argument("--step", nargs="+", metavar="MODEL", help=f"predict training steps of {', '.join(MODELS)}")
     parser.add_argument("--lengths", type=int, nargs="+", help=f"of the sequences of --step, by default {LENGTHS}")
     parser.add_argument("--tokens", type=int, default=STEP_TOKENS, help="of a --step")
@@ -559,9 +575,9 @@ def main() -> int:
     output.add_argument("--diff", metavar="OLD.json", dest="diff_with", help="say what changed since this --json")
     try:
         return run(**vars(parser.parse_args()))
-    except (ValueError, OSError) as error:
-        print(f"xray: error: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"xray: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
 
 
 if __name__ == "__main__":

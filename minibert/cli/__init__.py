@@ -12,8 +12,8 @@ from typing import Any, get_args, get_origin
 import jsonargparse
 import yaml
 
-from ..train import Interrupted, NonFiniteError, PeerFailed, join, started
-from . import classification, kernels, preparing, pretraining, profiling, weights
+from ..train import Interrupted, NonFiniteError, PeerFailed, join, recipe_options, started
+from . import classification, kernels, plotting, preparing, pretraining, profiling, weights
 
 VERBS: dict[str, Callable[..., int | None]] = {
     "demo": weights.demo,
@@ -27,6 +27,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "generate": pretraining.generate,
     "parity": weights.parity,
     "convert": weights.convert,
+    "plot": plotting.plot,
     "profile": profiling.profile,
     "xray": kernels.xray,
     "info": weights.info,
@@ -85,7 +86,7 @@ def run(argv: list[str]) -> int:
     verb, *rest = argv
     parser = build_parser(verb)
     _check_config_files(rest, parser)
-    values = dict(parser.parse_args(rest).as_dict())
+    values = parse(parser, rest)
     for name in ("config", "debug"):
         values.pop(name)
     function = VERBS[verb]
@@ -98,6 +99,14 @@ def run(argv: list[str]) -> int:
         raise ValueError(f"{verb} is for one process, not for {started().size}: start it without torchrun")
     with join():
         return function(*positional, **values) or 0
+
+
+def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
+    """The options of a verb; those of a `--recipe` are defaults, which a `--config` file and flags override."""
+    given = parser.parse_args(argv, defaults=False).as_dict()
+    if given.get("recipe"):
+        parser.set_defaults(recipe_options(given["recipe"], (name for name in given if given[name] is not None)))
+    return dict(parser.parse_args(argv).as_dict())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,7 @@ def xray(
     *,
     only: Annotated[str, 'a pattern of "op direction plan", as the table has them'] = "",
     arch: Annotated[list[int], "80, 90, 100, 120; by default all, or that of --gpu"] = None,
-    gpu: Annotated[str | None, "predict times on one, as h100, h200, a100, b200, rtx4090, rtx5090"] = None,
+    gpu: Annotated[str | None, "predict times on a100, rtx4090, l40s, h100, h100-pcie, h200, b200 or rtx5090"] = None,
     step: Annotated[list[str], "predict training steps of bert-base, bert-large"] = None,
     lengths: Annotated[list[int], "tokens of a sequence of --step, by default 128 and 512"] = None,
     tokens: Annotated[int, "tokens of a --step"] = 65536,

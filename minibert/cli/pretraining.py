@@ -15,7 +15,7 @@ from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForMaskedLM, BertForPreTraining
 from ..tasks import pretraining as task
-from ..train import TrainConfig, World, claim, train
+from ..train import OPTIMIZERS, RECIPES, SCHEDULES, WRITERS, Run, TrainConfig, World, claim, train
 from .common import (
     check_backend,
     check_causal,
@@ -59,12 +59,18 @@ from .flags import (
 )
 
 SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
+STEPS = 1000  # where neither steps nor minutes are given
+TRAINING = """steps minutes optimizer lr warmup schedule final_lr decay power weight_decay beta1 beta2 eps clip
+accumulate ramp ema spike skip patience seed dtype eval_every eval_batches save_every keep_last log_every
+writer"""
+SAMPLING = "seed batch_tokens max_length mask_rate mask_unit whole_word max_span mask_count all_mask objectives"
 
 
 def pretrain(
     *,
     data: Annotated[list[str], "a token store, several with --mix, or text to make one from (in --out/data)"],
     out: Out,
+    recipe: Annotated[str | None, f"defaults for the options below: {', '.join(RECIPES)}"] = None,
     mix: Annotated[list[float], "the share of the samples from each of several stores in --data, as 0.7 0.3"] = (),
     model: Annotated[str, f"architecture: {', '.join(PRESETS)}"] = "bert-tiny",
     arch: Arch = {},  # noqa: B006
@@ -75,7 +81,8 @@ def pretrain(
     vocab_size: VocabSize = 8192,
     cased: Cased = False,
     text_column: DataColumn = "text",
-    steps: Annotated[int, "optimizer steps"] = 1000,
+    steps: Annotated[int | None, f"optimizer steps, {STEPS:,} where --minutes is not given either"] = None,
+    minutes: Annotated[float | None, "train for so long instead; the schedule runs by the clock"] = None,
     batch_tokens: Annotated[int, "tokens of a batch"] = 4096,
     max_length: Annotated[int, "tokens of a sample, at most"] = 128,
     objectives: Annotated[list[str], f"what is learned: {', '.join(OBJECTIVES)}"] = ["mlm", "nsp"],  # noqa: B006
@@ -88,16 +95,30 @@ def pretrain(
     mask_count: Annotated[int | None, "predict exactly so many tokens of a batch, instead of a share"] = None,
     all_mask: Annotated[bool, "replace every one by [MASK], instead of 80, 10, 10 %"] = False,
     valid_fraction: Annotated[float, "share of the documents held out, unless `prepare --valid` did that"] = 0.05,
+    optimizer: Annotated[str, ", ".join(OPTIMIZERS)] = "adamw",
     lr: Lr = 1e-3,
     warmup: Warmup = 0.1,
+    schedule: Annotated[str, f"of the learning rate: {', '.join(SCHEDULES)}"] = "linear",
+    final_lr: Annotated[float, "learning rate at the end, as a share of the peak"] = 0.0,
+    decay: Annotated[float, "share of the run in which a trapezoid falls"] = 0.1,
+    power: Annotated[float, "of the polynomial"] = 1.0,
     weight_decay: Decay = 0.01,
+    beta1: Annotated[float, "of the first moment; sgd's momentum"] = 0.9,
+    beta2: Annotated[float, "of the second moment"] = 0.999,
+    eps: Annotated[float, "beside the root of the second moment"] = 1e-6,
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
+    ramp: Annotated[float, "share of the run in which a step grows from 1 micro-batch to --accumulate"] = 0.0,
+    ema: Annotated[float | None, "average the weights, with this decay; evaluate and save the average"] = None,
+    spike: Annotated[float | None, "a step is bad whose loss is so many times its mean of late"] = None,
+    skip: Annotated[int, "bad steps in a row to leave out; a spike or what is not finite stops the run otherwise"] = 0,
+    patience: Annotated[int | None, "stop after so many evaluations without a lower loss"] = None,
     eval_every: EvalEvery = None,
     eval_batches: Annotated[int | None, "batches of an evaluation; None for all"] = 32,
     save_every: SaveEvery = 100,
     keep_last: KeepLast = 2,
     log_every: LogEvery = 10,
+    writer: Annotated[str | None, f"where the numbers go too: {', '.join(WRITERS)}"] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
@@ -111,54 +132,54 @@ def pretrain(
     """
     options, world = dict(locals()), World.current()
     with world.ahead():
-        objectives = [name for name in objectives if nsp or name != "nsp"]
-        check_objectives(objectives, weights)
-        config = TrainConfig(
-            **pick(options, "steps lr warmup weight_decay clip accumulate seed dtype"),
-            **pick(options, "eval_every eval_batches save_every keep_last log_every"),
-            device=resolve_device(device),
-            best_metric="loss",
-        )
-        world.check(accumulate)
+        options["objectives"] = [name for name in objectives if nsp or name != "nsp"]
+        if steps is None and minutes is None:
+            options["steps"] = STEPS
+        check_objectives(options["objectives"], weights)
+        config = TrainConfig(**pick(options, TRAINING), device=resolve_device(device), best_metric="loss")
+        world.check(config.accumulate, config.ramp, config.minutes)
         check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
         if whole_word and mask_unit == "span":
             raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
         check_masking(mask_rate, mask_unit, max_span, mask_count)
         check_backend(backend, config.device)
         start = resolve_model(init) if init else None
-        asked = options | {"objectives": objectives}
-        planned = planned_config(asked, start)
+        planned = planned_config(options, start)
     with claim(out, resume) as run:
-        with world.ahead():
-            sides = open_sides(asked, run.path / "data", tokenizer or (start and str(start)))
-        stores = [store for store, _ in sides[0]]
-        store = stores[0]
-        samples = pick(options, "seed batch_tokens max_length mask_rate mask_unit whole_word")
-        samples |= pick(options, "max_span mask_count all_mask") | {"objectives": objectives}
-        learned, held_out = (
-            mix_samples([PretrainingData(each, store.tokenizer, documents=ids, **samples) for each, ids in side], mix)
-            for side in sides
-        )
-        arch = {"causal": planned.causal} | arch
-        network = new_network(options | {"arch": arch}, start, store.tokenizer, language_model(planned))
-        commonest = commonest_token(sides[0]) if world.leads else None
-        save_options(run, "pretrain", options)
-        for each in stores:
-            say(describe(each))
-        say(f"{len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
-        result = train(
-            network,
-            learned,
-            lambda network, limit: task.evaluate(
-                network, held_out.evaluation_batches(limit), config.device, commonest, weights
-            ),
-            config,
-            run,
-            store.tokenizer,
-            parts=learned.parts,
-            weights={f"{name}_loss": weight for name, weight in weights.items()},
-            settings=samples | {"valid_fraction": valid_fraction, "backend": backend, "data": source_of(stores, mix)},
-        )
+        learn(options, config, run, start, planned)
+
+
+def learn(options: dict, config: TrainConfig, run: Run, start: Path | None, planned: BertConfig) -> None:
+    """What `pretrain` does when its options are found good."""
+    world = World.current()
+    with world.ahead():
+        sides = open_sides(options, run.path / "data", options["tokenizer"] or (start and str(start)))
+    stores, mix, weights = [store for store, _ in sides[0]], options["mix"], options["weights"]
+    tokenizer, samples = stores[0].tokenizer, pick(options, SAMPLING)
+    learned, held_out = (
+        mix_samples([PretrainingData(each, tokenizer, documents=ids, **samples) for each, ids in side], mix)
+        for side in sides
+    )
+    arch = {"causal": planned.causal} | options["arch"]
+    network = new_network(options | {"arch": arch}, start, tokenizer, language_model(planned))
+    commonest = commonest_token(sides[0]) if world.leads else None
+    save_options(run, "pretrain", options)
+    for each in stores:
+        say(describe(each))
+    say(f"{len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
+    result = train(
+        network,
+        learned,
+        lambda network, limit: task.evaluate(
+            network, held_out.evaluation_batches(limit), config.device, commonest, weights
+        ),
+        config,
+        run,
+        tokenizer,
+        parts=learned.parts,
+        weights={f"{name}_loss": weight for name, weight in weights.items()},
+        settings=samples | pick(options, "valid_fraction backend") | {"data": source_of(stores, mix)},
+    )
     if world.leads:
         print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
 

@@ -27,7 +27,7 @@ def profile(
     length: Annotated[int, "tokens of a sequence, at most"] = 128,
     fill: Annotated[float, "mean length over --length: below 1, lengths are uneven"] = 1.0,
     dtype: Dtype = "float32",
-    optimizer: Annotated[str, "adamw or lamb"] = "adamw",
+    optimizer: Annotated[str, "adamw, bertadam, lamb or sgd"] = "adamw",
     steps: Annotated[int, "steps to measure"] = 5,
     warmup: Annotated[int, "steps before them"] = 2,
     compile: Annotated[bool, "under torch.compile; modules then have no ranges of their own"] = False,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .. import __version__, hub
 from ..data.tokenizer import Tokenizer
+from ..train.card import copy_card
 from .common import (
     model_kind,
     one_directory,
@@ -89,6 +90,7 @@ def convert(
         raise ValueError(f"{source}: {', '.join(lost)} would be made up or lost: minibert has no such model to convert")
     has_tokenizer = any((source / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
     network.save_pretrained(out, Tokenizer.from_pretrained(source) if has_tokenizer else None)
+    copy_card(source, Path(out))
     say(f"{network.objective}, {network.num_parameters():,} parameters, in {out}")
 
 

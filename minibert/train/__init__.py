@@ -13,13 +13,17 @@ from .loop import (
     train,
 )
 from .optim import OPTIMIZERS, Lamb, adamw, lamb, param_groups
+from .recipes import RECIPES, recipe_options
 from .schedule import SCHEDULES
+from .writers import WRITERS
 
 __all__ = [
     "METRICS",
     "OPTIMIZERS",
+    "RECIPES",
     "SCHEDULES",
     "TIMING_FIELDS",
+    "WRITERS",
     "CheckpointError",
     "Interrupted",
     "Lamb",
@@ -39,6 +43,7 @@ __all__ = [
     "mean_over_sequences",
     "param_groups",
     "read_metrics",
+    "recipe_options",
     "started",
     "train",
     "verify",

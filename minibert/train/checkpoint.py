@@ -1,8 +1,8 @@
 """A run's directory: who may write into it, and checkpoints that are whole or not there.
 
-A checkpoint is written as `step-N.tmp/`, every file flushed to the disk and listed with size and sha256 in its
-`manifest.json`, and then renamed to `step-N/`. Which checkpoint is the newest is found by looking: no file points to
-it, so none can point to the wrong one.
+A checkpoint is written as `step-N.tmp/`, every file (but for the model card, which may be edited) flushed to the disk
+and listed with size and sha256 in its `manifest.json`, and then renamed to `step-N/`. Which checkpoint is the newest
+is found by looking: no file points to it, so none can point to the wrong one.
 """
 
 import contextlib
@@ -19,10 +19,12 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..files import MANIFEST, fsync_path, verify_manifest, write_manifest
+from .card import CARD
 from .log import METRICS
 
 LOCK = ".lock"
 STEP = re.compile(r"step-(0|[1-9]\d*)")
+HALF = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` names what it has not finished
 logger = logging.getLogger(__name__)
 
 
@@ -76,21 +78,24 @@ def _refuse_run(path: Path, resume: bool) -> None:
 def _lock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.fstat(handle).st_nlink > 0  # else its holder removed it, with the directory, as we came
     except BlockingIOError:
+        held = False
+    if not held:
         holder = os.read(handle, 20).decode(errors="replace").strip() or "unknown"
-        raise ValueError(
-            f"{path} is in use by another process (pid {holder}): wait for it, or choose another output"
-        ) from None
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()}\n".encode())
+        raise ValueError(f"{path} is in use by another process (pid {holder}): wait for it, or choose another output")
+    with contextlib.suppress(OSError):  # a disk too full for the pid says so where it matters
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
 
 
 def sweep(run_dir: Path) -> None:
-    """Remove half-written checkpoints and log files; only for who holds the directory."""
+    """Remove half-written checkpoints and files; only for who holds the directory."""
     for path in Path(run_dir).glob("step-*.tmp"):
         shutil.rmtree(path)
-    for path in Path(run_dir).glob(f".{METRICS}.*.tmp"):
-        path.unlink()
+    for path in Path(run_dir).iterdir():
+        if HALF.fullmatch(path.name):
+            path.unlink()
 
 
 def steps(run_dir) -> list[int]:
@@ -127,7 +132,7 @@ def _write(target: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         for stray in partial.glob(".*"):  # safetensors writes beside and renames; a failed one may stay
             stray.unlink()
-        write_manifest(partial)
+        write_manifest(partial, only={path.name for path in partial.iterdir()} - {MANIFEST, CARD})
         if target.exists():
             _remove(target)
         partial.rename(target)
@@ -175,7 +180,7 @@ def verify(directory) -> None:
     # a change that leaves the meaning alone is still a change
     if (directory / MANIFEST).read_text(encoding="utf-8") != json.dumps(manifest, indent=2) + "\n":
         raise ValueError(f"{directory / MANIFEST}: not as it was written: damaged or changed")
-    extra = sorted({entry.name for entry in directory.iterdir()} - {MANIFEST, *manifest["files"]})
+    extra = sorted({entry.name for entry in directory.iterdir()} - {MANIFEST, CARD, *manifest["files"]})
     if extra:
         raise ValueError(f"{directory / extra[0]} is not in {MANIFEST}: remove it")
 

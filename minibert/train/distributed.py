@@ -50,8 +50,12 @@ class World:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def check(self, accumulate: int) -> None:
-        """Raise ValueError unless every process gets as many micro-batches of a step."""
+    def check(self, accumulate: int, ramp: float = 0.0, minutes: float | None = None) -> None:
+        """Raise ValueError unless every process gets as many micro-batches of a step, and none asks its own clock."""
+        if self.size > 1 and ramp:
+            raise ValueError(f"ramp={ramp} is for one process: leave it out, or start without torchrun")
+        if self.size > 1 and minutes is not None:
+            raise ValueError(f"minutes={minutes} is for one process: give steps, or start without torchrun")
         if accumulate % self.size:
             near = -(-accumulate // self.size) * self.size
             raise ValueError(f"accumulate={accumulate} is not divisible by {self.size} processes: use {near}")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..files import write_atomically
+from .writers import WRITERS, numbers_of
 
 METRICS = "metrics.jsonl"
 TIMING_FIELDS = ("seconds", "tokens_per_second")  # the only fields that differ between two equal runs
@@ -47,16 +48,22 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 class MetricsLog:
-    """Appends records to a `metrics.jsonl`; each is in the file when `write` returns."""
+    """Appends records to a `metrics.jsonl`; each is in the file when `write` returns.
 
-    def __init__(self, path: Path):
+    `writer`, a word of `WRITERS`, gets their numbers too.
+    """
+
+    def __init__(self, path: Path, writer: str | None = None):
         self.path = Path(path)
+        self.writer = writer and WRITERS[writer](self.path.parent)
 
     def __enter__(self) -> "MetricsLog":
         self.file = open(self.path, "a", encoding="utf-8")
         return self
 
     def __exit__(self, *_) -> None:
+        if self.writer:
+            self.writer.close()
         # what a failed flush left behind would fail again, and hide the first error
         with contextlib.suppress(OSError):
             self.file.close()
@@ -68,16 +75,21 @@ class MetricsLog:
             self.file.flush()
         except OSError as error:
             raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
+        if self.writer:
+            self.writer.write(record["step"], numbers_of(record))
 
     def sync(self) -> None:
         """Flush to the disk: a checkpoint that survives a power cut must not survive its log."""
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
 class Progress:
     """A bar on a terminal; elsewhere at most a line every ten seconds, and one for every evaluation."""
 
-    def __init__(self, total: int, start: int = 0, stream=None):
+    def __init__(self, total: int | None, start: int = 0, stream=None):
         self.total, self.start, self.stream = total, start, sys.stderr if stream is None else stream
         self.bar, self.last = None, -math.inf
 
@@ -110,7 +122,8 @@ class Progress:
                 self.bar.console.print(f"step {record['step']}  {text}", highlight=False)
         elif evaluated or time.monotonic() - self.last >= QUIET_SECONDS:
             self.last = time.monotonic()
-            print(f"step {record['step']}/{self.total}  {text}", file=self.stream, flush=True)
+            of = "" if self.total is None else f"/{self.total}"
+            print(f"step {record['step']}{of}  {text}", file=self.stream, flush=True)
 
 
 def _line(record: Mapping) -> str:

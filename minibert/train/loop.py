@@ -17,8 +17,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import safetensors.torch
 import torch
@@ -31,19 +32,25 @@ from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
 from . import checkpoint
+from .average import Average
+from .card import record_run, write_card
 from .checkpoint import Run
 from .distributed import Losses, World, claim
+from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
-from .schedule import SCHEDULES
+from .schedule import SCHEDULES, factor, micro_batches
+from .writers import WRITERS
 
 Dtype = Literal["float32", "bfloat16"]
 Mode = Literal["lower", "higher"]
 OPTIMIZER = "optimizer.safetensors"
+TRAINED = "trained.safetensors"  # the weights themselves, where model.safetensors holds their average
 DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
 FREE = (
     "save_every",
     "keep_last",
+    "writer",
 )  # the only fields that a resumed run may change: neither weights nor log depend on them
 logger = logging.getLogger(__name__)
 
@@ -60,7 +67,7 @@ class Data(Protocol):
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or the gradient is not finite; the weights are those of the step before."""
+    """A loss or the gradient is not finite, or the loss is a spike; the weights are those of the step before."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,23 +82,42 @@ class Interrupted(KeyboardInterrupt):
 class TrainConfig:
     """How to train. `None` for eval_every or save_every means at the end only.
 
-    steps: optimizer steps. optimizer: adamw or lamb. lr: the peak learning rate.
-    warmup: a whole number of steps, or a fraction of `steps` (a float in [0, 1)).
-    clip: largest norm of the gradient, None for no limit. accumulate: micro-batches a step, of all processes.
+    steps: optimizer steps; or instead minutes, on the clock, all processes of a resumed run together.
+    lr: the peak learning rate. warmup: a whole number of steps, or a fraction of the run (a float in [0, 1)).
+    schedule: a word of `SCHEDULES`, down to final_lr times the peak; for decay and power see `schedule.factor`.
+    optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
+    clip: largest norm of the gradient, None for no limit.
+    accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
+    ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
+    spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
+    patience: stop after so many evaluations without a better best_metric.
     dtype: bfloat16 is autocast; weights and optimizer stay float32.
     eval_batches: handed to the evaluation, None for everything.
+    writer: a word of `WRITERS`, which gets the numbers of metrics.jsonl too.
     best_metric: the evaluation's number whose best checkpoint is kept, best_mode whether lower or higher is better.
     Raises ValueError, naming field, value and what is expected.
     """
 
-    steps: int
+    steps: int | None = None
+    minutes: float | None = None
     optimizer: str = "adamw"
     lr: float = 1e-4
     warmup: int | float = 0.1
     schedule: str = "linear"
+    final_lr: float = 0.0
+    decay: float = 0.1
+    power: float = 1.0
     weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-6
     clip: float | None = 1.0
     accumulate: int = 1
+    ramp: float = 0.0
+    ema: float | None = None
+    spike: float | None = None
+    skip: int = 0
+    patience: int | None = None
     seed: int = 0
     dtype: Dtype = "float32"
     eval_every: int | None = None
@@ -101,28 +127,44 @@ class TrainConfig:
     save_every: int | None = None
     keep_last: int = 2
     log_every: int = 10
+    writer: str | None = None
     device: str = "cpu"
 
     def __post_init__(self):
-        optional = ("eval_every", "eval_batches", "save_every")
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(f"steps={self.steps!r} and minutes={self.minutes!r}: give one of the two")
+        optional = ("steps", "patience", "eval_every", "eval_batches", "save_every")
         for name in ("steps", "accumulate", "keep_last", "log_every", *optional):
             value = getattr(self, name)
             if not (name in optional and value is None) and (not _is_whole(value) or value < 1):
                 raise ValueError(f"{name}={value!r} is not a positive whole number{' or null' * (name in optional)}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r} is not a whole number from 0 to 2**63 - 1")
-        for name in ("lr", "clip"):
+        if not _is_whole(self.skip) or self.skip < 0:
+            raise ValueError(f"skip={self.skip!r} is not a whole number from 0")
+        for name in ("lr", "eps", "decay", "power", "clip", "minutes", "spike"):
             value = getattr(self, name)
-            if not (name == "clip" and value is None) and (not _is_number(value) or value <= 0):
+            if not (name in ("clip", "minutes", "spike") and value is None) and (not _is_number(value) or value <= 0):
                 raise ValueError(f"{name}={value!r} is not a positive number")
+        for name in ("beta1", "beta2", "ramp", "ema"):
+            value = getattr(self, name)
+            if not (name == "ema" and value is None) and (not _is_number(value) or not 0 <= value < 1):
+                raise ValueError(f"{name}={value!r} is not in [0, 1)")
+        if self.patience is not None and None in (self.eval_every, self.best_metric):
+            raise ValueError(f"patience={self.patience} needs eval_every and best_metric")
+        if not _is_number(self.final_lr) or not 0 <= self.final_lr <= 1:
+            raise ValueError(f"final_lr={self.final_lr!r} is not a share of the peak, in [0, 1]")
         if not _is_number(self.weight_decay) or self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay!r} is not a number from 0")
-        if not _is_number(self.warmup) or not 0 <= self.warmup < (self.steps if _is_whole(self.warmup) else 1):
+        most = (self.steps or 1) if _is_whole(self.warmup) else 1
+        if not _is_number(self.warmup) or not 0 <= self.warmup < most:
             raise ValueError(
                 f"warmup={self.warmup!r} is neither a fraction in [0, 1) nor fewer than steps={self.steps}"
             )
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, SCHEDULES)
+        if self.writer is not None:
+            one_of("writer", self.writer, WRITERS)
         one_of("dtype", self.dtype, get_args(Dtype))
         one_of("best_mode", self.best_mode, get_args(Mode))
         check_device(self.device)
@@ -130,6 +172,16 @@ class TrainConfig:
     @property
     def warmup_steps(self) -> int:
         return self.warmup if _is_whole(self.warmup) else round(self.warmup * self.steps)
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of the run that is done in step `step` (from 0), `seconds` after the start."""
+        return (step + 1) / (self.steps + 1) if self.minutes is None else min(seconds / (60 * self.minutes), 1.0)
+
+    def learning_rate(self, progress: float) -> float:
+        """The rate there; the peak lies in the step after the warm-up's last, or by the clock at its end."""
+        warmup = self.warmup if self.steps is None else self.progress(self.warmup_steps, 0.0)
+        shape = {"final": self.final_lr, "decay": self.decay, "power": self.power}
+        return self.lr * factor(self.schedule, progress, warmup, **shape)
 
 
 @dataclass(frozen=True)
@@ -204,16 +256,20 @@ class Trainer:
         weights: Mapping[str, float] | None = None,
     ):  # fmt: skip
         self.world = World.current()
-        self.world.once(lambda: self.world.check(config.accumulate))
+        self.world.once(lambda: self.world.check(config.accumulate, config.ramp, config.minutes))
         self.device = self.world.place(check_device(config.device))
         self.model, self.data, self.evaluate = model.to(self.device), data, evaluate
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
         self.weights = dict(weights or {})
         settings = {"model": model.config.to_dict(), "weights": self.weights, **settings}
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
-        self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay)
+        betas = (config.beta1, config.beta2)
+        self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
+        self.average = None if config.ema is None else Average(model, config.ema)
+        self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
         self.best, self.metrics, self.checkpoint = None, {}, None
+        self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
         if run.resume:
             self.load()
         self.losses = Losses(self.model)
@@ -225,29 +281,34 @@ class Trainer:
         leads = self.world.leads
         with (
             open(os.devnull, "w") as silence,
-            MetricsLog(self.path / METRICS if leads else os.devnull) as log,
+            MetricsLog(self.path / METRICS if leads else os.devnull, config.writer if leads else None) as log,
             Progress(config.steps, self.step, None if leads else silence) as progress,
             _signals() as signals,
         ):
             self.model.train()
-            drawn = self._draw(self.cursor) if self.step < config.steps else None
+            self.over = self._is_over() or self._is_stale()
+            if not self.over and leads:
+                record_run(self.path, self.step, self.saved)
+            drawn = None if self.over else self._draw(self.cursor, self.step)
             if drawn:
                 with self._autocast():
                     example = drawn[0][0].to(self.device), config.seed, list(drawn[1][0])
                     self.losses = self.world.spread(self.losses, *example)
-            while self.step < config.steps:
+            while not self.over:
                 begun = time.monotonic()
                 batches, weights, cursor = drawn
                 values = self._backward(batches, weights)
                 # the host draws the next batches while the device still works on these
-                drawn = self._draw(cursor)
+                drawn = self._draw(cursor, self.step + 1)
                 came = self.world.agree(signals)
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
+                self.over = self._is_over()
                 evaluated = self.evaluate is not None and self._due(config.eval_every)
                 improved = evaluated and self._evaluate()
-                if evaluated or self._due(config.log_every):
+                self.over = self.over or self._is_stale()
+                if evaluated or "skipped" in record or self._due(config.log_every):
                     speed = self.world.total(tokens) / busy
                     timing = {"tokens_per_second": speed, "seconds": time.monotonic() - started}
                     record |= timing | ({f"eval_{k}": v for k, v in self.metrics.items()} if evaluated else {})
@@ -259,17 +320,32 @@ class Trainer:
                     if leads:
                         log.sync()
                     self.save()
-                if came and self.step < config.steps:
+                if came and not self.over:
                     self._stop(came[0])
         return Result(self.step, self.metrics, self.best, self.checkpoint)
 
     def _due(self, every: int | None) -> bool:
-        return self.step == self.config.steps or (every is not None and self.step % every == 0)
+        return self.over or (every is not None and self.step % every == 0)
 
-    def _draw(self, cursor: int) -> tuple[list[Batch], list[dict[str, float]], int]:
+    def _is_over(self) -> bool:
+        config = self.config
+        return self.step >= config.steps if config.minutes is None else self._elapsed() >= 60 * config.minutes
+
+    def _is_stale(self) -> bool:
+        """The best evaluation is too long ago, or there was none."""
+        config, best = self.config, self.best["step"] if self.best else 0
+        return config.patience is not None and self.step - best >= config.patience * config.eval_every
+
+    def _elapsed(self) -> float:
+        """Seconds of all processes of this run, as far as their work was saved; 0 where no minutes are set."""
+        return 0.0 if self.config.minutes is None else time.monotonic() - self.started
+
+    def _draw(self, cursor: int, step: int = 0) -> tuple[list[Batch], list[dict[str, float]], int]:
         """This rank's micro-batches of a step, the share that each loss of all of them has in it, the next cursor."""
-        batches, cursor = self.world.deal(self.data, cursor, self.config.accumulate)
-        counts, totals = [self.parts(batch) for batch in batches], Counter()
+        config, totals = self.config, Counter()
+        number = micro_batches(config.accumulate, config.ramp, config.progress(step, self._elapsed()))
+        batches, cursor = self.world.deal(self.data, cursor, number)
+        counts = [self.parts(batch) for batch in batches]
         table = self.world.weave(torch.tensor([list(count.values()) for count in counts])).tolist()
         counts = [dict(zip(counts[0], row, strict=True)) for row in table]
         for count in counts:
@@ -300,7 +376,7 @@ class Trainer:
         return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
-        """The optimizer's step, unless something is not finite. Returns the record of the step."""
+        """The optimizer's step, unless the guard finds it bad. Returns the record of the step."""
         norm, *losses = values.tolist()  # the one wait for the device in a step
         flat = [(name, weight, number) for number, share in enumerate(weights) for name, weight in share.items()]
         means = dict.fromkeys((name for name, _, _ in flat), 0.0)
@@ -311,29 +387,45 @@ class Trainer:
             for (name, _, number), loss in zip(flat, losses, strict=True)
             if not math.isfinite(loss)
         ]
+        loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
+        record = {"step": self.step + 1, "loss": loss} | means
         if broken:
-            self._refuse(f"{broken[0][0]} is {broken[0][1]}", batches, [number for _, _, number in broken])
-        if not math.isfinite(norm):
-            self._refuse(f"the norm of the gradient is {norm}", batches, list(range(len(weights))))
-        lr = self.config.lr * SCHEDULES[self.config.schedule](self.step, self.config.steps, self.config.warmup_steps)
+            fault, numbers = f"{broken[0][0]} is {broken[0][1]}", [number for _, _, number in broken]
+        else:
+            fault, numbers = self.guard.fault(loss, norm), list(range(len(weights)))
+        if fault:
+            self._leave_out(fault, batches, numbers)
+            return record | {"grad_norm": norm, "skipped": fault}
+        self.guard.good(loss)
+        lr = self.config.learning_rate(self.config.progress(self.step, self._elapsed()))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
-        return {"step": self.step + 1, "loss": loss} | means | {"learning_rate": lr, "grad_norm": norm}
+        if self.average:
+            self.average.update(self.step)
+        return record | {"learning_rate": lr, "grad_norm": norm}
 
-    def _refuse(self, what: str, batches: list[Batch], numbers: list[int]) -> NoReturn:
-        """Name the samples of the micro-batches of these numbers; called on every rank."""
+    def _leave_out(self, fault: str, batches: list[Batch], numbers: list[int]) -> None:
+        """Warn of a bad step, or raise NonFiniteError where no more may be left out; called on every rank.
+
+        numbers: of the micro-batches whose samples are named.
+        """
         spans = torch.stack([torch.stack([batch.seq_ids.min(), batch.seq_ids.max()]) for batch in batches])
         spans = self.world.weave(spans)[numbers]
-        where = f"samples {spans.min()} to {spans.max()}"
-        raise NonFiniteError(f"step {self.step + 1}: {what} on {where}; no optimizer step was made: try a lower lr")
+        what = f"step {self.step + 1}: {fault} on samples {spans.min()} to {spans.max()}; no optimizer step was made"
+        if not self.guard.passes():
+            raise NonFiniteError(f"{what}: try a lower lr")
+        logger.warning(what)
+
+    def _averaged(self):
+        """Within, the model has the weights that are evaluated and saved."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
 
     def _evaluate(self) -> bool:
         """Evaluate; true where the result is the best so far."""
         config = self.config
         self.model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), self._averaged():
             self.metrics = self.world.once(
                 lambda: {name: float(value) for name, value in self.evaluate(self.model, config.eval_batches).items()}
             )
@@ -361,24 +453,32 @@ class Trainer:
         )
 
     def _write(self, directory: Path) -> None:
-        self.model.save_pretrained(directory, self.tokenizer)
+        with self._averaged():
+            self.model.save_pretrained(directory, self.tokenizer)
+            if self.average:
+                (directory / TRAINED).write_bytes(safetensors.torch.save(self.average.trained()))
         # not save_file, whose files only their owner may read
         (directory / OPTIMIZER).write_bytes(safetensors.torch.save(optimizer_state(self.model, self.optimizer)))
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
+        state["guard"] = self.guard.state
+        if self.config.minutes is not None:  # without, the bytes do not depend on the clock
+            state["seconds"] = time.monotonic() - self.started
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
         (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
+        write_card(directory, self.path, self.model, state)
 
     def load(self) -> None:
         """Put the newest whole checkpoint's state back, and cut the log to its step; without one, start at step 0."""
         directory, state = self.world.once(self._find)
         if directory is not None:
             hub.load_into(self.model, directory)
-            try:
-                load_optimizer_state(self.model, self.optimizer, safetensors.torch.load_file(directory / OPTIMIZER))
-            except (OSError, SafetensorError, ValueError) as error:
-                raise ValueError(f"{directory / OPTIMIZER}: {error}") from None
+            _load_tensors(directory / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
+            if self.average:
+                _load_tensors(directory / TRAINED, self.average.load)
             self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
             self.best, self.metrics = state["best"], state["metrics"]
+            self.guard.load(state.get("guard", {}))
+            self.started -= state.get("seconds", 0.0)
         self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
 
     def _find(self) -> tuple[Path | None, dict | None]:
@@ -416,6 +516,14 @@ def _signals() -> Iterator[list[int]]:
         yield came
     finally:
         restore()
+
+
+def _load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
+    """Hand a file's tensors to `load`; an error names the file."""
+    try:
+        load(safetensors.torch.load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _refuse_changes(saved, now, run_dir, name: str = "") -> None:

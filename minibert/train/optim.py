@@ -1,4 +1,4 @@
-"""AdamW and LAMB as BERT uses them, and their state as named tensors."""
+"""The optimizers that BERTs are trained with, and their state as named tensors."""
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,10 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def filled_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    return [group for group in param_groups(model, weight_decay) if group["params"]]
+
+
 def adamw(
     model: nn.Module,
     lr: float,
@@ -26,22 +30,24 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019) with BERT's eps, as one fused kernel where torch has it (CUDA and CPU)."""
     fused = all(p.device.type in ("cuda", "cpu") for p in model.parameters())
-    groups = [group for group in param_groups(model, weight_decay) if group["params"]]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    return torch.optim.AdamW(filled_groups(model, weight_decay), lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al., 2020): each tensor's step is scaled by its trust ratio, for batches of tens of thousands.
 
     Contiguous parameters only; a group is updated by two kernels on a GPU. A group may have its own value of each of
-    lr, betas, eps, weight_decay, trust_clip and adapt: see `minibert_kernels.lamb.lamb_step`.
+    lr, betas, eps, weight_decay, trust_clip, adapt and bias_correction: see `minibert_kernels.lamb.lamb_step`.
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, trust_clip=None, adapt=True
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, trust_clip=None, adapt=True,
+        bias_correction=True,
     ):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"trust_clip": trust_clip, "adapt": adapt})
+        super().__init__(
+            params, defaults | {"trust_clip": trust_clip, "adapt": adapt, "bias_correction": bias_correction}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -68,13 +74,35 @@ class Lamb(torch.optim.Optimizer):
         return self.state[p]
 
 
-def lamb(model: nn.Module, lr: float, weight_decay: float = 0.01) -> Lamb:
+def lamb(model: nn.Module, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.999), eps: float = 1e-6) -> Lamb:
     """LAMB as You et al. train BERT: biases and norms neither decay nor adapt."""
-    groups = [group for group in param_groups(model, weight_decay) if group["params"]]
-    return Lamb([group | {"adapt": group["params"][0].ndim >= 2} for group in groups], lr=lr)
+    groups = [group | {"adapt": group["params"][0].ndim >= 2} for group in filled_groups(model, weight_decay)]
+    return Lamb(groups, lr=lr, betas=betas, eps=eps)
 
 
-OPTIMIZERS = {"adamw": adamw, "lamb": lamb}
+def bertadam(model: nn.Module, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.999), eps: float = 1e-6) -> Lamb:
+    """AdamW without bias correction, as Devlin et al. train BERT: its first steps are larger (Zhang et al., 2021).
+
+    LAMB's step without its trust ratio.
+    """
+    groups = filled_groups(model, weight_decay)
+    return Lamb(groups, lr=lr, betas=betas, eps=eps, adapt=False, bias_correction=False)
+
+
+def sgd(
+    model: nn.Module, lr: float, weight_decay: float = 0.01, betas=(0.9, 0.999), eps: float = 1e-6
+) -> torch.optim.SGD:
+    """Gradient descent with momentum betas[0]; the decay is part of the gradient. There is no second moment."""
+    return torch.optim.SGD(filled_groups(model, weight_decay), lr=lr, momentum=betas[0])
+
+
+# word -> (model, lr, weight_decay, betas, eps) -> optimizer
+OPTIMIZERS = {"adamw": adamw, "bertadam": bertadam, "lamb": lamb, "sgd": sgd}
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The names of the tensors that it keeps of each parameter."""
+    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else MOMENTS
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -82,8 +110,8 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {
         f"{name}.{moment}": optimizer.state[p][moment].detach().cpu()
         for name, p in model.named_parameters()
-        for moment in MOMENTS
-        if p in optimizer.state
+        for moment in moments_of(optimizer)
+        if optimizer.state.get(p, {}).get(moment) is not None
     }
 
 
@@ -93,12 +121,12 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, ten
     Raises:
         ValueError: a tensor of no parameter, one of another shape, or a parameter with some of its moments only.
     """
-    left = dict(tensors)
+    left, moments = dict(tensors), moments_of(optimizer)
     for name, p in model.named_parameters():
-        state = {moment: left.pop(f"{name}.{moment}") for moment in MOMENTS if f"{name}.{moment}" in left}
+        state = {moment: left.pop(f"{name}.{moment}") for moment in moments if f"{name}.{moment}" in left}
         if not state:
             continue
-        lost = [moment for moment in MOMENTS if moment not in state]
+        lost = [moment for moment in moments if moment not in state]
         if lost:
             raise ValueError(f"the optimizer state of {name} has no {', '.join(lost)}")
         for moment, value in state.items():

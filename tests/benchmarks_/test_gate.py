@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks import inference, peers, training
-from benchmarks.gate import Refused, judge
+from benchmarks.gate import Once, Refused, judge
 from benchmarks.peers import Place
 from minibert import BertForPreTraining
 from minibert.config import BertConfig
@@ -28,7 +28,7 @@ def reference(place):
 
 
 def build(make, place, reference, name="candidate"):
-    return inference.build(name, make, place, reference, [reference.ids])
+    return inference.build(name, make, place, reference, [reference.ids], Once())
 
 
 def broken(place, fault) -> peers.Encoder:
@@ -54,6 +54,25 @@ def test_what_computes_bert_is_timed(make, place, reference):
     build(make, place, reference)()
 
 
+def test_nobody_is_made_or_judged_twice_and_the_refusal_is_kept(place):
+    made = []
+
+    def make(place, fault=None):
+        made.append(place.dtype)
+        return broken(place, fault)
+
+    once = Once()
+    for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
+        at = replace(place, dtype=dtype)
+        reference = inference.Reference(at, CONFIG.vocab_size)
+        inference.build("copy", make, at, reference, [reference.ids], once)
+    assert made == [torch.float32, torch.bfloat16]
+    for _ in range(2):
+        with pytest.raises(Refused, match="odd in float32"):
+            inference.build("odd", partial(make, fault="gelu"), at, reference, [reference.ids], once)
+    assert made[2:] == [torch.float32], "its float32 twin was judged, and once"
+
+
 def test_the_unbroken_copy_is_accepted(place, reference):
     build(lambda place: broken(place, None), place, reference)()
 
@@ -73,14 +92,16 @@ def test_what_embeds_texts_is_timed_and_another_pooling_is_refused(make, dtype, 
     place = replace(place, dtype=dtype)
     reference = inference.Reference(place, CONFIG.vocab_size)
     texts = inference.texts_of(reference.ids)
-    assert inference.build_embedder("candidate", make, place, reference, texts, 2)().shape == (5, CONFIG.hidden_size)
+    make = partial(make, batch_size=2)
+    found = inference.build_embedder("candidate", make, place, reference, texts, Once())()
+    assert found.shape == (5, CONFIG.hidden_size)
 
-    def first_token(place, batch_size):
+    def first_token(place):
         model = peers.minibert_model(place)
         return lambda texts: model(peers.pack([inference.framed(i) for i in reference.ids])).pooler_output
 
     with pytest.raises(Refused, match="the first token.*: embeddings differs by"):
-        inference.build_embedder("the first token", first_token, place, reference, texts, 2)
+        inference.build_embedder("the first token", first_token, place, reference, texts, Once())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -89,7 +110,7 @@ def test_training_is_judged_by_loss_and_gradients(dtype, place):
     reference = training.Reference(place, CONFIG.vocab_size)
     batches = [training.random_batch(np.array([5, 9, 7]), CONFIG.vocab_size)]
     for name in ("minibert", "transformers sdpa", "transformers sdpa, masked rows"):
-        training.build(name, training.PROVIDERS[name], place, reference, batches)()
+        training.build(name, training.PROVIDERS[name], place, reference, batches, Once())()
 
     def wrong_gradient(place, dropout):
         trainee = peers.minibert_trainee(place, dropout)
@@ -98,7 +119,7 @@ def test_training_is_judged_by_loss_and_gradients(dtype, place):
         return trainee
 
     with pytest.raises(Refused, match=r"1 % off in float32: grad .*1 differs by"):
-        training.build("1 % off", wrong_gradient, place, reference, batches)
+        training.build("1 % off", wrong_gradient, place, reference, batches, Once())
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,15 @@ def test_chunks_are_of_bounded_size_and_of_whole_tiles():
         assert rows == 1 or rows * vocab * element_size <= op.CHUNK_BYTES
 
 
+@pytest.mark.parametrize("vocab", [77, 78])
+def test_what_lies_between_rows_of_logits_is_not_read(vocab, device, poisoned):
+    hidden = torch.randn(59, 16, device=device).bfloat16().requires_grad_()
+    weight = torch.randn(vocab, 16, device=device).bfloat16().requires_grad_()
+    loss, _ = linear_cross_entropy(hidden, weight, None, torch.arange(59, device=device))
+    loss.backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [{"width": 1}, {"vocab": 1}, {"rows": 1}])
 def test_axes_of_one_and_a_smoothing_of_one(options, way, device, poisoned):

@@ -36,7 +36,7 @@ def planted(before, kind=BertForMaskedLM):
     return model
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "bertadam", "lamb", "sgd"])
 @pytest.mark.parametrize(("kind", "mode"), STEPS)
 def test_no_step_of_ours_makes_the_host_wait(kind, mode, optimizer):
     model = build(kind)

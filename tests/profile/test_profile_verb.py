@@ -67,7 +67,7 @@ def test_a_wait_for_the_device_can_fail_the_command(ffn, tmp_path, monkeypatch, 
 BAD = {
     "--mode tain": "mode='tain' is not one of train, infer: did you mean 'train'?",
     "--dtype float16": "dtype='float16' is not one of float32, bfloat16",
-    "--optimizer sgd": "optimizer='sgd' is not one of adamw, lamb",
+    "--optimizer adagrad": "optimizer='adagrad' is not one of adamw, bertadam, lamb, sgd",
     "--steps 0": "steps=0 is not positive",
     "--warmup -1": "warmup=-1 is negative",
     "--batch-size 0": "batch_size=0 is not positive",

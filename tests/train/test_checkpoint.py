@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import random
@@ -187,6 +188,18 @@ def test_missing_and_extra_files_are_named(tmp_path):
         verify(tmp_path / "step-7")
 
 
+def test_a_model_card_may_be_edited_and_removed(tmp_path):
+    def write(directory):
+        content(6)(directory)
+        (directory / "README.md").write_text("# A model")
+
+    directory = save(tmp_path, 6, write)
+    (directory / "README.md").write_text("# My model")
+    assert_is_step(latest(tmp_path), 6)
+    (directory / "README.md").unlink()
+    assert_is_step(latest(tmp_path), 6)
+
+
 def test_a_damaged_newest_is_passed_over_with_a_warning_and_all_damaged_is_an_error(tmp_path, caplog):
     for step in (1, 2):
         save(tmp_path, step, content(step))
@@ -275,6 +288,27 @@ def test_a_killed_holder_holds_no_longer(tmp_path):
         assert run.path == tmp_path
 
 
+def test_a_lock_that_its_holder_removed_as_we_came_is_not_held(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def remove_first(handle, operation):
+        (tmp_path / "run" / ".lock").unlink()
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with pytest.raises(ValueError, match="in use by another process"), claim(tmp_path / "run"):
+        pytest.fail("held, but by a file that nobody else can see")
+
+
+def test_a_disk_too_full_for_the_pid_can_be_held(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", fail)
+    with claim(tmp_path) as run:
+        assert run.path == tmp_path
+
+
 def test_a_directory_that_got_nothing_is_removed_again(tmp_path):
     with pytest.raises(ValueError, match="bad data"), claim(tmp_path / "a" / "run"):
         assert (tmp_path / "a" / "run").is_dir()
@@ -295,10 +329,12 @@ def test_what_a_killed_process_left_half_written_is_swept(tmp_path):
     (tmp_path / "step-5.tmp").mkdir()
     (tmp_path / "step-5.tmp" / "model.safetensors").write_text("half")
     (tmp_path / "step-3.old.tmp").mkdir()
-    (tmp_path / ".metrics.jsonl.12.tmp").write_text("half")
-    (tmp_path / "notes.tmp").write_text("mine")
+    for name in (".metrics.jsonl.12.tmp", ".config.yaml.13.tmp", ".run.json.14.tmp"):
+        (tmp_path / name).write_text("half")
+    for name in ("notes.tmp", ".notes.tmp"):
+        (tmp_path / name).write_text("mine")
     with claim(tmp_path):
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "notes.tmp"]
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", ".notes.tmp", "notes.tmp"]
 
 
 def test_a_place_that_is_no_directory_to_write_into_is_one_clear_line(tmp_path):

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -37,6 +38,36 @@ def test_numbers_come_back_as_they_were_and_what_is_not_finite_as_null(tmp_path)
             {"step": 1, "a": 0.1 + 0.2, "b": math.nan, "c": np.float32(0.5), "d": torch.tensor(3), "e": {"f": math.inf}}
         )
     assert read_metrics(path) == [{"step": 1, "a": 0.1 + 0.2, "b": None, "c": 0.5, "d": 3, "e": {"f": None}}]
+
+
+class Recorder:
+    """Stands for a package that draws numbers: what was called, in order."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs)) or self
+
+
+def test_a_writer_gets_the_numbers_and_is_closed(tmp_path, monkeypatch):
+    record, tracker, board = {"step": 3, "loss": 0.5, "skipped": "why"}, Recorder(), Recorder()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    for word in ("trackio", "tensorboard"):
+        with MetricsLog(tmp_path / "metrics.jsonl", word) as log:
+            log.write(record)
+    assert [name for name, *_ in tracker.calls] == ["init", "log", "finish"]
+    assert tracker.calls[1][1:] == (({"loss": 0.5},), {"step": 3})
+    assert [name for name, *_ in board.calls] == ["SummaryWriter", "add_scalar", "close"]
+    assert board.calls[1][1] == ("loss", 0.5, 3)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [record, record]
+
+
+def test_a_writer_whose_package_is_missing_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="writer='wandb' needs one more package: pip install wandb"):
+        MetricsLog(tmp_path / "metrics.jsonl", "wandb")
 
 
 def test_a_resumed_log_keeps_the_records_up_to_its_step_and_drops_half_a_line(path):

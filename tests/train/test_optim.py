@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from tiny_run import make_model
@@ -48,6 +49,33 @@ def test_adamw_makes_the_step_of_its_formula():
     moved = before * (1 - 0.1 * 0.5) - 0.1 * model.weight.grad / (model.weight.grad.abs() + 1e-6)
     torch.testing.assert_close(model.weight.detach(), moved)
     torch.testing.assert_close(model.bias.detach(), bias - 0.1 * model.bias.grad / (model.bias.grad.abs() + 1e-6))
+
+
+def oracle_adamw(w, m, v, g, t, decay, correct):
+    m, v = 0.9 * m + 0.1 * g, 0.98 * v + 0.02 * g * g
+    unbias1, unbias2 = (1 - 0.9**t, 1 - 0.98**t) if correct else (1, 1)
+    return w - 0.1 * (m / unbias1 / (np.sqrt(v / unbias2) + 1e-3) + decay * w), m, v
+
+
+def oracle_sgd(w, m, v, g, t, decay, correct):
+    m = 0.9 * m + g + decay * w
+    return w - 0.1 * m, m, v
+
+
+@pytest.mark.parametrize(
+    ("word", "oracle", "correct"),
+    [("adamw", oracle_adamw, True), ("bertadam", oracle_adamw, False), ("sgd", oracle_sgd, None)],
+)
+def test_three_steps_are_those_of_a_few_lines_of_numpy(word, oracle, correct):
+    model = torch.nn.Linear(3, 2)
+    ours = {name: (p.detach().double().numpy(), 0.0, 0.0) for name, p in model.named_parameters()}
+    optimizer = OPTIMIZERS[word](model, 0.1, 0.5, (0.9, 0.98), 1e-3)
+    for t in (1, 2, 3):
+        step(model, optimizer, t)
+        for name, p in model.named_parameters():
+            decay = 0.5 if name == "weight" else 0.0
+            ours[name] = oracle(*ours[name], p.grad.double().numpy(), t, decay, correct)
+            np.testing.assert_allclose(p.detach().numpy(), ours[name][0], rtol=1e-5, atol=1e-6)
 
 
 def test_lamb_makes_the_step_of_its_formula_and_biases_that_of_adamw():
@@ -143,6 +171,7 @@ def test_a_parameter_without_gradients_has_no_state_and_needs_none(build):
         (lambda s: s.update({"other.weight.step": torch.zeros(())}), "unknown parameters: other.weight.step"),
     ],
 )
+@pytest.mark.parametrize("build", [adamw, lamb])
 def test_an_optimizer_state_that_does_not_fit_is_refused(build, spoil, message):
     model = make_model()
     optimizer = build(model, 1e-2)
