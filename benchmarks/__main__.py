@@ -15,7 +15,9 @@ import re
 import sys
 import tempfile
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -28,7 +30,31 @@ from . import cases, data, gpu, inference, kernels, lengths, measure, peers, rep
 
 MODEL_SUITES = {"infer": (inference, BertModel), "train": (training, BertForPreTraining)}
 SUITES = ("kernels", *MODEL_SUITES, "data", "scaling", "all")
-SST2, SQUAD = "sst2_train", "squad_v1.1_dev_question_context_pairs"
+SST2 = "sst2_train"
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
+positive.__name__ = "positive whole number"  # what argparse calls it
+
+
+def fail(message: str) -> NoReturn:
+    """What the user can mend: one line, and exit code 2."""
+    print(f"benchmarks: error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,26 +64,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="what changed between two records"
     )
-    verbs = parser.add_subparsers(dest="verb")
+    verbs, there = parser.add_subparsers(dest="verb"), "cuda" if torch.cuda.is_available() else "cpu"
     for name in SUITES:
         verb = verbs.add_parser(name)
         verb.add_argument("--quick", action="store_true", help="few rounds and cases: minutes on two cores")
         verb.add_argument("--model", default="bert-base", choices=PRESETS, help="default bert-base")
         verb.add_argument("--lengths", nargs="+", default=None, metavar="NAME",
                           help="full, half, quarter, or a data set of benchmarks/lengths.py")  # fmt: skip
-        verb.add_argument("--longest", type=int, default=512, help="longer texts are cut here")
-        verb.add_argument("--batch-size", type=int, default=None)
-        verb.add_argument("--batches", type=int, default=None, help="of a run")
+        verb.add_argument("--longest", type=positive, default=512, help="longer texts are cut here")
+        verb.add_argument("--batch-size", type=positive, default=None)
+        verb.add_argument("--batches", type=positive, default=None, help="of a run")
         verb.add_argument(
             "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
         )
-        verb.add_argument("--threads", nargs="+", type=int, default=None)
-        verb.add_argument("--rounds", type=int, default=None)
-        verb.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        verb.add_argument("--threads", nargs="+", type=positive, default=None)
+        verb.add_argument("--rounds", type=positive, default=None)
+        verb.add_argument("--device", default=there, choices=("cpu", "cuda"))
         verb.add_argument("--backend", default="auto", choices=BACKENDS, help="of minibert")
-        verb.add_argument("--only", default="", metavar="PATTERN", help="providers whose name matches")
-        verb.add_argument("--op", default="", metavar="PATTERN", help="kernels: lines whose op and name match")
-        verb.add_argument("--tokens", type=int, default=None, help="kernels: of a case")
+        verb.add_argument("--only", type=pattern, default="", metavar="PATTERN", help="providers whose name matches")
+        verb.add_argument(
+            "--op", type=pattern, default="", metavar="PATTERN", help="kernels: lines whose op and name match"
+        )
+        verb.add_argument("--tokens", type=positive, default=None, help="kernels: of a case")
         verb.add_argument("--axis", nargs="+", default=scaling.AXES, choices=scaling.AXES, help="scaling: of what")
         verb.add_argument("--tiny", action="store_true", help="so small that the interpreter takes seconds")
         verb.add_argument("--out", type=Path, default=None, help="folder for the record (default benchmarks/results)")
@@ -74,6 +102,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.compare and not args.verb:
         parser.error("name a suite, or --compare OLD NEW")
+    if getattr(args, "device", there) == "cuda" and there == "cpu":
+        parser.error("--device cuda: there is no CUDA device")
     for name in getattr(args, "lengths", None) or ():
         if name not in (*lengths.ARTIFICIAL, *lengths.DATASETS):
             parser.error(f"--lengths {name} is not one of {', '.join((*lengths.ARTIFICIAL, *lengths.DATASETS))}")
@@ -87,9 +117,13 @@ def read(paths) -> dict:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            sys.exit(f"benchmarks: error: {path}: {' '.join(str(error).split())}")
-        if not isinstance(record, dict) or "rows" not in record or "machine" not in record:
-            sys.exit(f"benchmarks: error: {path}: expected a record of benchmarks, with machine and rows")
+            fail(f"{path}: {' '.join(str(error).split())}")
+        if not isinstance(record, dict) or not {"rows", "machine", "peaks"} <= set(record):
+            fail(f"{path}: expected a record of benchmarks, with machine, peaks and rows")
+        for number, row in enumerate(record["rows"], 1):
+            if not isinstance(row, dict) or not {"suite", "case", "provider"} <= set(row) or not {
+                "seconds", "refused"} & set(row):  # fmt: skip
+                fail(f"{path}: row {number} has no suite, case and provider, or neither seconds nor refused")
         records.append(record)
     return report.merge(records)
 
@@ -99,8 +133,12 @@ def run(args) -> dict:
     options = {name: value for name, value in vars(args).items() if name not in ("out", "compare")}
     record = {"machine": measure.machine(), "options": options, "peaks": {}, "rows": []}
     folder = args.out or Path(__file__).parent / "results"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {folder}: {error.strerror}")
     name = f"{measure.place_and_date(record['machine'])}-{args.verb}" + "-quick" * args.quick
+    name = free_name(folder, name, options)
     torch.backends.cuda.matmul.allow_tf32 = False
     rounds = args.rounds or (5 if args.quick else 9)
     for case in suite_cases(args):
@@ -110,14 +148,36 @@ def run(args) -> dict:
             record["peaks"][label] = asdict(measure.probe(getattr(torch, dtype), args.device))
         peaks = measure.Peaks(**record["peaks"][label])
         rows = measure.measure(case, rounds=rounds, peaks=peaks, say=lambda line: print(line, file=sys.stderr))
-        record["rows"] += rows
+        record["rows"] += [row | {key: options[key] for key in TOLD[case.suite]} for row in rows]
         record["machine"]["afterwards"] = measure.condition()
         write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    if not record["rows"]:
+        fail("nothing was measured: no provider or line matches --only and --op")
+    report.show(record)
     report.write_csv(record, folder / f"{name}.csv")
     report.write_html(record, folder / f"{name}.html")
-    report.show(record)
     print(folder / f"{name}.json", folder / f"{name}.html", sep="\n")
     return record
+
+
+# options that a row of a suite repeats, because two rows that differ in them are not to be compared
+TOLD = {
+    "kernels": ("device", "backend", "tokens"), "data": (), "scaling": ("device", "backend", "model"),
+    **dict.fromkeys(("infer", "embed", "train"), ("device", "backend", "model", "longest")),
+}  # fmt: skip
+
+
+def free_name(folder: Path, name: str, options: dict) -> str:
+    """`name`, or with a number behind it where that file holds a record of other options."""
+    for number in count(1):
+        found = f"{name}-{number}" if number > 1 else name
+        try:
+            if json.loads((folder / f"{found}.json").read_text(encoding="utf-8"))["options"] == options:
+                return found
+        except FileNotFoundError:
+            return found
+        except (ValueError, KeyError):
+            continue
 
 
 def suite_cases(args):
@@ -126,8 +186,9 @@ def suite_cases(args):
     config, cores = BertConfig.preset(args.model, **gpu.SMALL if args.tiny else {}), torch.get_num_threads()
     on_gpu, dtypes = args.device == "cuda", [getattr(torch, name) for name in args.dtype]
     common = {"device": args.device, "backend": args.backend, "only": lambda name: re.search(args.only, name)}
+    usual = [SST2, gpu.SQUAD] + ([] if args.quick else ["ag_news_test", "full", "half", "quarter"])
     options = common | {
-        "names": args.lengths or [SST2, SQUAD] + ([] if args.quick else ["ag_news_test", "full", "half", "quarter"]),
+        "names": args.lengths or usual,
         "dtypes": dtypes, "longest": args.longest,
         "threads": args.threads or ([cores] if args.quick or on_gpu else sorted({1, cores})),
         "batch_size": args.batch_size or (8 if args.quick else 32),
@@ -161,13 +222,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if slower else 0
     if args.verb == "gpu":
         if not args.dry_run and not torch.cuda.is_available():
-            sys.exit("benchmarks: error: gpu needs a CUDA device: there is none (--dry-run runs on a CPU)")
+            fail("gpu needs a CUDA device: there is none (--dry-run runs on a CPU)")
         results = gpu.run_all(args.out.resolve(), dry=args.dry_run, minutes=args.minutes)
         return 1 if any(result["outcome"] != "ok" for result in results) else 0
     if args.verb != "report":
         run(args)
         return 0
     record = read(args.records)
+    for path in (args.readme, args.xray):
+        if path and not path.is_file():
+            fail(f"{path}: no such file")
     if args.html:
         report.write_html(record, args.html, json.loads(args.xray.read_text()) if args.xray else ())
     if args.csv:

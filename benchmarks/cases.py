@@ -44,8 +44,11 @@ class Problem:
 
     def cast(self, dtype: torch.dtype) -> Tensors:
         """The tensors in a precision, as leaves that ask for the gradients that are wanted."""
-        found = {}
-        for name, tensor in self.tensors.items():
+        found, tensors = {}, self.tensors
+        if self.op == "attention":  # as the projection writes them, whatever the precision
+            fused = torch.stack([tensors[name] for name in "qkv"], dim=1).to(dtype)
+            tensors = dict(zip("qkv", fused.unbind(1), strict=True)) | {"cu_seqlens": tensors["cu_seqlens"]}
+        for name, tensor in tensors.items():
             own = dtype if tensor.is_floating_point() and name not in self.single else tensor.dtype
             found[name] = tensor.detach().to(own).requires_grad_(name in self.wanted)
         return found
@@ -57,6 +60,8 @@ class Problem:
             ops.lamb_step(*([tensors[name]] for name in LAMB), **options)
             return tensors["params"]
         result = getattr(ops, self.op)(**tensors, **options)
+        if self.op == "mlm_mask":
+            return torch.stack(result)  # ids and labels
         return result[0] if isinstance(result, tuple) else result
 
 
@@ -100,7 +105,7 @@ def attention(heads: int, head_size: int, dropout: float = 0.0):
     def make(sizes, element, draw):
         total, longest = int(sizes.sum()), int(sizes.max())
         row = total * heads * head_size * element
-        qkv = draw.normal(total, 3, heads, head_size).unbind(1)  # as the projection writes them
+        qkv = draw.normal(total, 3, heads, head_size).unbind(1)
         product = 2.0 * heads * head_size * float((sizes.astype(float) ** 2).sum())
         return Problem(
             op="attention", tensors=dict(zip("qkv", qkv, strict=True)) | {"cu_seqlens": draw.borders(sizes)},

@@ -29,7 +29,6 @@ SMALL = {  # what --tiny makes of a model
 }  # fmt: skip
 SQUAD = "squad_v1.1_dev_question_context_pairs"
 RESULT = "result.json"
-DRY_KERNELS = "float32 --tiny --rounds 2 --only ^((?!compiled|flex).)*$"
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,14 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
     toy = "bert-tiny --tiny --batch-size 2 --longest 32 --rounds 2 --dtype float32 --lengths half"
     real = "bert-base --batch-size 64 --batches 4 --dtype bfloat16 --lengths half full " + SQUAD
     model = ["--backend", "triton", "--model", *(toy if dry else real).split()]
-    kernels = ["--backend", "triton", "--dtype", *(DRY_KERNELS.split() if dry else ["bfloat16"])]
-    eager = ["--only", "minibert|eager|sdpa$" if dry else "^((?!compiled|overhead).)*$"]  # what compiles comes last
-    compiled = ["--lengths", "half", "--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead"]
+    kernels = ["--backend", "triton", "--dtype", *("float32 --tiny --rounds 2" if dry else "bfloat16").split()]
+    eager = ["--only", "minibert|eager|sdpa" if dry else "^((?!compiled|overhead|flex).)*$"]  # what compiles comes last
+    compiled = ["--lengths", "half", "--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead|flex"]
     tests = ["tests/kernels/test_philox.py"] if dry else ["-m", "gpu", "tests/kernels", "tests/train"]
     return [
         own("environment", 0.3),
         Stage("tests", 1.3, ["-m", "pytest", "-q", "--junitxml", str(folder / "tests" / "junit.xml"), *tests]),
-        suite("kernels", 1.5, *kernels),
+        suite("kernels", 1.2, *kernels, *eager),
         own("plans", 0.8),
         suite("train", 0.6, *model, *eager),
         suite("infer", 0.4, *model, *eager),
@@ -69,6 +68,7 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
         own("profile", 0.3),
         suite("train", 0.5, *model, *compiled, name="train-compiled"),
         suite("infer", 0.3, *model, *compiled, name="infer-compiled"),
+        suite("kernels", 0.6, *kernels, *compiled[2:], name="kernels-compiled"),
     ]
 
 
@@ -93,7 +93,9 @@ def run(stage: Stage, limit: float, folder: Path, environment: dict) -> dict:
     records = {}
     for path in sorted((folder / stage.name).glob("*.json")):
         with suppress(ValueError):
-            records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(record, dict) and {"rows", "lines"} & set(record):
+                records[path.stem] = record
     text = log.read_text(encoding="utf-8", errors="replace")
     return {"stage": stage.name, "outcome": outcome, "seconds": round(time.perf_counter() - start, 1),
             "command": ["python", *stage.command], "records": records, "log": text[-4000:]}  # fmt: skip
@@ -102,9 +104,19 @@ def run(stage: Stage, limit: float, folder: Path, environment: dict) -> dict:
 def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[Stage] | None = None) -> list[dict]:
     """Every stage, each with its share of the time that is left; results are written as they come."""
     plan, results, end = plan or stages(folder, dry), [], time.perf_counter() + 60 * minutes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended too
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        run_stages(plan, results, folder, end, environment)
+    finally:
+        text = conclude(results, folder)
+    print("\n" + text)
+    return results
+
+
+def run_stages(plan: list[Stage], results: list[dict], folder: Path, end: float, environment: dict) -> None:
     for index, stage in enumerate(plan):
         share = stage.minutes / sum(later.minutes for later in plan[index:])
         limit = max(end - time.perf_counter(), 0) * share
@@ -112,7 +124,15 @@ def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[S
         results.append(run(stage, limit, folder, environment))
         write_atomically(folder / f"{stage.name}.json", json.dumps(results[-1], indent=1) + "\n")
         print(f"{stage.name}: {results[-1]['outcome']}, {results[-1]['seconds']} s", flush=True)
-    suites = [record for result in results for record in result["records"].values() if "rows" in record]
+
+
+def conclude(results: list[dict], folder: Path) -> str:
+    """Write the record of all suites, its page, and the summary, which is returned."""
+    suites = []
+    for result in results:
+        for record in result["records"].values():
+            if "rows" in record:
+                suites.append(record | {"rows": [row | {"stage": result["stage"]} for row in record["rows"]]})
     if suites:
         merged = report.merge(suites)
         write_atomically(
@@ -121,8 +141,7 @@ def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[S
         report.write_html(merged, folder / "report.html")
     text = summary(results)
     write_atomically(folder / "summary.txt", text)
-    print("\n" + text)
-    return results
+    return text
 
 
 def summary(results: list[dict]) -> str:
@@ -133,7 +152,7 @@ def summary(results: list[dict]) -> str:
         if result["outcome"] != "ok" or not lines:
             lines += result["log"].strip().splitlines()[-8:]
         texts.append("\n".join(line[:400] for line in lines))
-    room = SUMMARY - 150 * len(results)  # headings, and what is said of more
+    room = SUMMARY - 120 * len(results)  # headings, and what is said of more
     parts = dict.fromkeys(range(len(texts)), "")
     for left, number in enumerate(
         sorted(parts, key=lambda number: len(texts[number]))

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from minibert.config import BertConfig
+from minibert.hub import load_config
 
 from . import lengths, peers
 from .gate import Once, judge
 from .measure import Case, Work
 from .peers import Encoder, Place
 
-GATE_LENGTHS = (1, 7, 23, 16, 12)  # uneven, so that a wrong mask is seen
+GATE_LENGTHS = (1, 7, 512, 23, 16, 200)  # uneven, so that a wrong mask is seen; the longest as long as what is timed
 # what a name in the tables means: how an encoder is made at a place
 PROVIDERS: dict[str, Callable[[Place], Encoder]] = {
     "minibert": peers.minibert,
@@ -55,15 +56,17 @@ def random_ids(sizes, vocab_size: int, seed: int = 0) -> list[np.ndarray]:
 class Reference:
     """What every encoder is judged by: transformers eager, in float64 and in the precision of the case."""
 
-    def __init__(self, place: Place, vocab_size: int):
-        self.ids = random_ids(GATE_LENGTHS, vocab_size, seed=1)
-        self.texts = texts_of(self.ids)
+    def __init__(self, place: Place):
+        config = load_config(place.weights)
+        self.ids = random_ids(gate_lengths(config), config.vocab_size, seed=1)
+        self.words = [ids[: config.max_position_embeddings - 2] for ids in self.ids]
+        self.texts = texts_of(self.words)
         self.truth = self._results(place, torch.float64)
         self.same = None if place.dtype == torch.float32 else self._results(place, place.dtype)
 
     def _results(self, place, dtype):
         encoder = peers.transformers(replace(place, dtype=dtype), attention="eager")
-        embedded = states(encoder, [framed(ids) for ids in self.ids]).split([len(ids) + 2 for ids in self.ids])
+        embedded = states(encoder, list(map(framed, self.words))).split([len(ids) + 2 for ids in self.words])
         means = torch.stack([part.mean(0) for part in embedded])
         return {"states": states(encoder, self.ids), "embeddings": means}
 
@@ -86,6 +89,10 @@ class Reference:
             return once((name, place), lambda: judge_at(place, None, name))
         once((name, exact), lambda: judge_at(exact, None, f"{name} in float32"))
         return once((name, place), lambda: judge_at(place, self.same, name))
+
+
+def gate_lengths(config: BertConfig) -> list[int]:
+    return [min(length, config.max_position_embeddings) for length in GATE_LENGTHS]
 
 
 def texts_of(ids: list[np.ndarray]) -> list[str]:
@@ -139,7 +146,7 @@ def cases(
         for count in threads:
             place = Place(weights=weights, dtype=dtype, device=device, threads=count, backend=backend)
             torch.set_num_threads(count)
-            reference = Reference(place, config.vocab_size)
+            reference = Reference(place)
             for name in names:
                 sizes = lengths.sample(name, batch_size * num_batches, longest)
                 ids = random_ids(sizes, config.vocab_size)

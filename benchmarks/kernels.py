@@ -20,7 +20,8 @@ from minibert_kernels.reference import SequenceLayout
 
 from .cases import BOTH, TABLE, Draw, OpCase, Problem, Tensors, gate_sizes, sizes_of
 from .gate import Once, Refused, judge
-from .measure import Case, on_device, side_stream
+from .measure import Case, alone_on_side_stream, on_device
+from .peers import compiled_call
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def compile_once(call: Callable) -> Callable:
 
     torch._functorch.config.donated_buffer = False  # a backward is run more than once
     if call not in _compiled:
-        _compiled[call] = torch.compile(call, dynamic=True)
+        _compiled[call] = compiled_call(call, dynamic=True)
     return _compiled[call]
 
 
@@ -217,6 +218,8 @@ class Gate:
         self.dtype, self.truth = dtype, self.outcome(self._reference, torch.float64)
         lower = dtype != torch.float32 and self.problem.wanted
         self.same = self.outcome(torch_eager, dtype) if lower else None
+        if self.same and self.same["output"].ndim == 0:
+            self.same["output"] = self.same["output"].to(dtype)  # what a loss was computed in
 
     @staticmethod
     def _reference(problem, tensors, dropout):
@@ -254,10 +257,10 @@ def build(name: str, provider: Provider, problem: Problem, gate: Gate, direction
     if not on_gpu and name in ("liger", "varlen_attn", "flash-attn", "sdpa efficient", "sdpa cudnn"):
         raise Refused(f"{name}: needs a GPU")
     # a backward that is captured must have had its forward on the stream that captures
-    with torch.cuda.stream(side_stream()) if on_gpu else nullcontext():
+    with alone_on_side_stream() if on_gpu else nullcontext():
         gate.once(name, lambda: gate.check(name, provider, on_gpu and name in HALF_ONLY))
         bound = provider(problem, problem.cast(gate.dtype), problem.dropout)
-        leaves = [bound.leaves[name] for name in problem.wanted]
+        leaves = [bound.leaves[wanted] for wanted in problem.wanted]
         if direction == "fwd":
             return bound.run
         out = bound.run()

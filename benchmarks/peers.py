@@ -71,10 +71,22 @@ def owned(model: nn.Module) -> nn.Module:
     return model
 
 
+def compiled_call(call: Callable, **options: Any) -> Callable:
+    """`call` under torch.compile with these options; as it is without any.
+
+    Beyond its limit of recompilations torch would run the rest eagerly, and the row would be of something else: the
+    limit is higher here, and reaching it is an error.
+    """
+    if not options:
+        return call
+    torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 64, True
+    return torch.compile(call, **options)
+
+
 def minibert(place: Place, **compiled: Any) -> Encoder:
     """Packed batches, as the tokenizer's lists are packed; `compiled` are options of torch.compile."""
     model = minibert_model(place)
-    run = torch.compile(model, **compiled) if compiled else model
+    run = compiled_call(model, **compiled)
     return Encoder(lambda ids: pack(ids).to(place.device), run, lambda output, batch: output.last_hidden_state)
 
 
@@ -87,7 +99,7 @@ def minibert_padded(place: Place) -> Encoder:
 def transformers(place: Place, attention: str = "sdpa", **compiled: Any) -> Encoder:
     """transformers' BertModel, batches padded to their longest; `compiled` are options of torch.compile."""
     model = hf_model("BertModel", place, attention, add_pooling_layer=True).eval()
-    run = torch.compile(model, **compiled) if compiled else model
+    run = compiled_call(model, **compiled)
     return Encoder(lambda ids: padded(ids, place.device), lambda batch: run(**batch), masked_states)
 
 
@@ -232,7 +244,7 @@ def minibert_trainee(place: Place, dropout: float, **compiled: Any) -> Trainee:
         place.weights, backend=place.backend, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
     )
     model = owned(model).to(place.device).train()
-    call = torch.compile(model, **compiled) if compiled else model
+    call = compiled_call(model, **compiled)
 
     def gradients():
         found = {}
@@ -260,7 +272,7 @@ def transformers_trainee(
         return model(**batch).loss
 
     call = masked_loss if masked_rows else full_loss
-    call = torch.compile(call, **compiled) if compiled else call
+    call = compiled_call(call, **compiled)
 
     def prepare(batch: Batch):
         borders = batch.cu_seqlens.tolist()

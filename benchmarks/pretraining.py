@@ -63,6 +63,19 @@ def run(folder: Path, dry: bool) -> dict:
     optimizer = adamw(model, lr=LR)
     check = [batch for batch, _ in islice(held_out.batches(), 2 if dry else 8)]
     before = evaluate(model, check, device)
+
+    def learn(batch, step):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            out = model(batch.to(device), seed=fold(0, step))
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return out
+
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    learn(data.next_batch(0)[0], 0)  # compiles the kernels, and learns nothing
     curve, done, flops, start = [], 0, 0.0, time.perf_counter()
     for step, (batch, _) in enumerate(data.batches()):
         share = (time.perf_counter() - start) / budget
@@ -70,12 +83,7 @@ def run(folder: Path, dry: bool) -> dict:
             break
         for group in optimizer.param_groups:
             group["lr"] = LR * min(share / WARMUP, (1 - share) / (1 - WARMUP), 1)
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            out = model(batch.to(device), seed=fold(0, step))
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        out = learn(batch, step)
         done += batch.num_tokens
         flops += step_flops(config, batch.lengths, len(batch.mlm_rows))
         if step % every == 0:  # reading the loss waits for the device

@@ -9,7 +9,20 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-KEY = ("suite", "case", "dtype", "threads", "direction", "axis", "value", "provider")
+KEY = (
+    "stage",
+    "suite",
+    "case",
+    "model",
+    "device",
+    "backend",
+    "tokens",
+    "longest",
+    "dtype",
+    "threads",
+    "direction",
+    "provider",
+)
 COLUMNS = {  # a column's title and how a row fills it; columns that no row fills are left out
     "case": lambda r: r["case"],
     "direction": lambda r: r.get("direction"),
@@ -40,17 +53,8 @@ def duration(seconds: float) -> str:
 
 
 def cells(rows: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
-    """Titles and texts of a table; a refused row says why instead of figures."""
-    filled = []
-    for row in rows:
-        if "refused" in row:
-            first = {
-                title: str(COLUMNS[title](row) or "")
-                for title in ("case", "direction", "provider", "dtype", "threads", "fill")
-            }
-            filled.append(first | {"time": "refused: " + row["refused"]})
-        else:
-            filled.append({title: str(text) for title, fill in COLUMNS.items() if (text := fill(row)) is not None})
+    """Titles and texts of a table of rows that were timed."""
+    filled = [{title: str(text) for title, fill in COLUMNS.items() if (text := fill(row)) is not None} for row in rows]
     titles = [title for title in COLUMNS if any(row.get(title) for row in filled)]
     return titles, [[row.get(title, "") for title in titles] for row in filled]
 
@@ -130,7 +134,7 @@ def key(row: dict) -> tuple:
 
 
 def compare(old: dict, new: dict, least: float = 0.03) -> tuple[list[str], int]:
-    """Lines that say what changed, and how many got slower.
+    """Lines that say what changed, and how many got slower, were refused or are gone.
 
     A change is one where the bands from the 20th to the 80th percentile do not overlap and the medians differ by more
     than `least`.
@@ -142,7 +146,7 @@ def compare(old: dict, new: dict, least: float = 0.03) -> tuple[list[str], int]:
         if was is None:
             lines.append(f"new       {name}")
         elif "refused" in row or "refused" in was:
-            if row.get("refused") != was.get("refused"):
+            if ("refused" in row) != ("refused" in was):
                 lines.append(f"REFUSED   {name}: {row['refused']}" if "refused" in row else f"timed now {name}")
                 slower += "refused" in row
         else:
@@ -152,8 +156,9 @@ def compare(old: dict, new: dict, least: float = 0.03) -> tuple[list[str], int]:
             if apart and abs(change) > least:
                 slower += change > 0
                 lines.append(f"{'SLOWER' if change > 0 else 'faster'}    {name}: {change:+.1%} (noise {noise:.1%})")
-    lines += ["gone      " + ", ".join(str(part) for part in name if part is not None) for name in before]
-    return lines, slower
+    gone = [name for name, row in before.items() if "refused" not in row]
+    lines += ["gone      " + ", ".join(str(part) for part in name if part is not None) for name in gone]
+    return lines, slower + len(gone)
 
 
 TEXT = ("case", "direction", "provider", "dtype", "op", "plan", "kernel", "limiter", "bound", "gpu")  # left-aligned

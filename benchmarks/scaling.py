@@ -59,7 +59,7 @@ def cases(
             place = Place(weights=weights, dtype=dtype, device=device, backend=backend)
             batch = training.random_batch(np.array(sizes), model.vocab_size)
             flops = processes * training.step_flops(model, sizes, len(batch.mlm_rows))
-            reference = training.Reference(place, model.vocab_size)
+            reference = training.Reference(place)
             names = [name for name in PROVIDERS if only(name)]
             if axis == "processes":
                 ranks = [Ranks(name, place, model, sizes, processes, reference) for name in names]
@@ -70,13 +70,16 @@ def cases(
                     name: partial(training.build, name, training.PROVIDERS[name], place, reference, [batch], Once())
                     for name in names
                 }
-            yield Case(
+            case = Case(
                 suite="scaling", name=f"{axis} {value}", baseline="transformers sdpa", providers=builds,
                 labels={"axis": axis, "value": value, "dtype": str(dtype).removeprefix("torch.")},
                 work=Work(tokens=processes * sum(sizes), sequences=processes * len(sizes), flops=flops),
             )  # fmt: skip
-            for rank in ranks:
-                rank.close()
+            try:
+                yield case
+            finally:
+                for rank in ranks:
+                    rank.close()
 
 
 class Ranks:

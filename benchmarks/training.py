@@ -15,11 +15,12 @@ from torch import nn
 
 from minibert.batch import Batch, pack
 from minibert.config import BertConfig
+from minibert.hub import load_config
 from minibert.train.optim import adamw
 
 from . import lengths, peers
 from .gate import Once, grouped, judge
-from .inference import GATE_LENGTHS, forward_flops, padded_tokens, random_ids
+from .inference import forward_flops, gate_lengths, padded_tokens, random_ids
 from .measure import Case, Work
 from .peers import Place, Trainee
 
@@ -81,8 +82,9 @@ def _loss(loss, inputs, place):
 class Reference:
     """transformers eager without dropout: in float64, and in the precision of the case."""
 
-    def __init__(self, place: Place, vocab_size: int):
-        self.batch = random_batch(np.array(GATE_LENGTHS), vocab_size, seed=1)
+    def __init__(self, place: Place):
+        config = load_config(place.weights)
+        self.batch = random_batch(np.array(gate_lengths(config)), config.vocab_size, seed=1)
         exact = _theirs(replace(place, dtype=torch.float64), 0.0, attention="eager")
         self.truth = results(exact, self.batch, torch.float64)
         self.same = None
@@ -139,7 +141,7 @@ def cases(
         for count in threads:
             torch.set_num_threads(count)
             place = Place(weights=weights, dtype=dtype, device=device, threads=count, backend=backend)
-            reference = Reference(place, config.vocab_size)
+            reference = Reference(place)
             for name in names:
                 sizes = lengths.sample(name, batch_size * num_batches, longest)
                 parts = [sizes[i : i + batch_size] for i in range(0, len(sizes), batch_size)]

@@ -24,7 +24,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(place):
-    return inference.Reference(place, CONFIG.vocab_size)
+    return inference.Reference(place)
 
 
 def build(make, place, reference, name="candidate"):
@@ -64,7 +64,7 @@ def test_nobody_is_made_or_judged_twice_and_the_refusal_is_kept(place):
     once = Once()
     for dtype in (torch.float32, torch.bfloat16, torch.bfloat16):
         at = replace(place, dtype=dtype)
-        reference = inference.Reference(at, CONFIG.vocab_size)
+        reference = inference.Reference(at)
         inference.build("copy", make, at, reference, [reference.ids], once)
     assert made == [torch.float32, torch.bfloat16]
     for _ in range(2):
@@ -81,7 +81,7 @@ def test_the_unbroken_copy_is_accepted(place, reference):
 @pytest.mark.parametrize("fault", ("mask", "gelu", "bias"))
 def test_what_computes_something_else_is_refused_by_name(fault, dtype, place):
     place = replace(place, dtype=dtype)
-    reference = inference.Reference(place, CONFIG.vocab_size)
+    reference = inference.Reference(place)
     with pytest.raises(Refused, match=f"a wrong {fault}.*: states differs by"):
         build(lambda place: broken(place, fault), place, reference, f"a wrong {fault}")
 
@@ -90,15 +90,15 @@ def test_what_computes_something_else_is_refused_by_name(fault, dtype, place):
 @pytest.mark.parametrize("make", inference.EMBEDDERS.values(), ids=inference.EMBEDDERS)
 def test_what_embeds_texts_is_timed_and_another_pooling_is_refused(make, dtype, place):
     place = replace(place, dtype=dtype)
-    reference = inference.Reference(place, CONFIG.vocab_size)
-    texts = inference.texts_of(reference.ids)
+    reference = inference.Reference(place)
+    texts = reference.texts
     make = partial(make, batch_size=2)
     found = inference.build_embedder("candidate", make, place, reference, texts, Once())()
-    assert found.shape == (5, CONFIG.hidden_size)
+    assert found.shape == (6, CONFIG.hidden_size)
 
     def first_token(place):
         model = peers.minibert_model(place)
-        return lambda texts: model(peers.pack([inference.framed(i) for i in reference.ids])).pooler_output
+        return lambda texts: model(peers.pack([inference.framed(i) for i in reference.words])).pooler_output
 
     with pytest.raises(Refused, match="the first token.*: embeddings differs by"):
         inference.build_embedder("the first token", first_token, place, reference, texts, Once())
@@ -107,7 +107,7 @@ def test_what_embeds_texts_is_timed_and_another_pooling_is_refused(make, dtype, 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_training_is_judged_by_loss_and_gradients(dtype, place):
     place = replace(place, dtype=dtype)
-    reference = training.Reference(place, CONFIG.vocab_size)
+    reference = training.Reference(place)
     batches = [training.random_batch(np.array([5, 9, 7]), CONFIG.vocab_size)]
     for name in ("minibert", "transformers sdpa", "transformers sdpa, masked rows"):
         training.build(name, training.PROVIDERS[name], place, reference, batches, Once())()

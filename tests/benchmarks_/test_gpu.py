@@ -66,10 +66,11 @@ def test_a_case_is_one_line_of_the_summary_with_all_its_providers():
     assert gpu._lines({"rows": rows}) == ["attention S=128, fwd, bfloat16: minibert 30 µs 80%; liger not timed (why)"]
 
 
-def test_without_a_gpu_it_says_so(monkeypatch):
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(SystemExit, match="gpu needs a CUDA device"):
+    with pytest.raises(SystemExit, match="2"):
         main(["gpu"])
+    assert "gpu needs a CUDA device" in capsys.readouterr().err
 
 
 def test_it_asks_for_no_package_that_an_image_for_cuda_may_lack():

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import lengths, report
 from benchmarks import measure as measure_module
-from benchmarks.__main__ import main
+from benchmarks.__main__ import free_name, main
 from benchmarks.gate import Refused
 from benchmarks.measure import Case, Peaks, Work, extra_memory, figures, joules, measure, on_device, place_and_date
 
@@ -87,12 +87,14 @@ def test_on_a_gpu_a_call_is_timed_behind_an_overwritten_cache_from_a_graph_or_el
     def capture(graph, stream):
         log.append("capture")
         yield
-        if not captured:
-            raise RuntimeError("operation not permitted when stream is capturing")
 
     class Junk:
-        def random_(self, low, high):
+        def zero_(self):
             log.append("flush")
+
+    def never_waits(call):
+        log.append("checked")
+        return captured
 
     cuda = SimpleNamespace(
         is_available=lambda: True, stream=lambda stream: nullcontext(), CUDAGraph=Graph, graph=capture, Event=Event,
@@ -100,9 +102,12 @@ def test_on_a_gpu_a_call_is_timed_behind_an_overwritten_cache_from_a_graph_or_el
     )  # fmt: skip
     monkeypatch.setattr(measure_module.torch, "cuda", cuda)
     monkeypatch.setattr(measure_module, "side_stream", lambda: "side")
+    monkeypatch.setattr(measure_module, "never_waits", never_waits)
     monkeypatch.setattr(measure_module.torch, "empty", lambda *args, **kwargs: Junk())
     timer = on_device(lambda: log.append("call"))
-    assert log == ["call"] * 3 + ["capture", "call"] and timer.how == ("CUDA graph" if captured else "launches")
+    assert log == ["call"] * 3 + ["checked"] + ["capture", "call"] * captured and timer.how == (
+        "CUDA graph" if captured else "launches"
+    )
     log.clear()
     assert timer.sample() == 2e-3
     one = ["flush", "event", "replay" if captured else "call", "event"]
@@ -154,6 +159,60 @@ def test_fill_is_what_it_says(name, share):
     assert drawn.max() == 512 and drawn.mean() / 512 == pytest.approx(share, rel=0.03)
 
 
+def test_one_that_breaks_in_a_round_costs_the_others_nothing_and_is_no_baseline():
+    calls = []
+
+    def breaks():
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+
+    providers = {"breaks": lambda: breaks, "good": lambda: lambda: None}
+    rows = measure(
+        Case(suite="s", name="c", work=Work(), providers=providers, baseline="breaks"), rounds=5, peaks=PEAKS
+    )
+    assert rows[0]["refused"] == "RuntimeError: out of memory"
+    assert rows[1]["seconds"] > 0 and "ratio" not in rows[1]
+
+
+def test_what_fits_a_cache_may_move_faster_than_a_copy():
+    peaks = Peaks(flops=1e12, bytes=1e11, cached=1 << 20)
+    assert "seconds" in figures(Work(bytes=1 << 19), [1e-7], None, peaks)
+    assert "refused" in figures(Work(bytes=1 << 21), [1e-7], None, peaks)
+
+
+def test_a_record_of_other_options_is_not_overwritten(tmp_path):
+    (tmp_path / "cpu.json").write_text(json.dumps({"options": {"rounds": 3}}))
+    (tmp_path / "cpu-2.json").write_text("broken")
+    assert free_name(tmp_path, "cpu", {"rounds": 3}) == "cpu"
+    assert free_name(tmp_path, "cpu", {"rounds": 5}) == "cpu-3"
+
+
+@pytest.mark.parametrize(
+    "flags", ("--only (", "--rounds 0", "--threads -1", "--device cuda", "--device meta", "--lengths none")
+)
+def test_a_wrong_option_is_one_line_that_names_it(flags, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["infer", *flags.split()])
+    assert flags.split()[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_when_nothing_matches_it_says_so(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["kernels", "--op", "nothing", "--out", str(tmp_path)])
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_compare_counts_what_is_gone_or_refused_now_and_not_other_words_of_a_refusal():
+    refused = row(provider="x", refused="3.02 is above")
+    assert report.compare(record(row(), refused), record(row(), refused | {"refused": "3.05 is above"})) == ([], 0)
+    assert report.compare(record(row()), record())[1] == 1
+    assert report.compare(record(row()), record(row(refused="no")))[1] == 1
+    stages = record(row(stage="infer"), row(stage="infer-compiled", seconds=9.0))
+    assert report.compare(stages, stages) == ([], 0)
+
+
 def test_compare_tells_a_change_from_noise(tmp_path, capsys):
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     old.write_text(json.dumps(record(row(), row(case="same"))))
@@ -200,9 +259,12 @@ def test_readme_tables_come_from_the_record(tmp_path):
     assert text.startswith("before\n") and text.endswith("\nafter\n")
 
 
-@pytest.mark.parametrize("content", ("{", "[]", '{"rows": []}'))
-def test_a_file_that_is_no_record_is_named(tmp_path, content):
+@pytest.mark.parametrize(
+    "content", ("{", "[]", '{"rows": []}', '{"rows": [{"suite": "x"}], "machine": {}, "peaks": {}}')
+)
+def test_a_file_that_is_no_record_is_named(tmp_path, content, capsys):
     path = tmp_path / "odd.json"
     path.write_text(content)
-    with pytest.raises(SystemExit, match="odd.json"):
+    with pytest.raises(SystemExit, match="2"):
         main(["report", str(path)])
+    assert "odd.json: " in capsys.readouterr().err

@@ -18,7 +18,7 @@ def place(tmp_path_factory):
 
 
 def ranks(place, name="minibert", processes=2):
-    reference = training.Reference(place, CONFIG.vocab_size)
+    reference = training.Reference(place)
     return scaling.Ranks(name, place, CONFIG, [5, 9], processes, reference)
 
 

@@ -41,6 +41,7 @@ FAULTS = (
     Fault("a second run on a directory", sharing.two_runs, 10, 2),
     Fault("four processes claim a directory at once", sharing.contenders, 4000, 400),
     Fault("loss or gradient not finite, logged or not", non_finite.not_finite, 6, 6),
+    Fault("the same, to be passed over", non_finite.passed_over, 6, 1),
     Fault("hostile pickle", hostile.pickles, 12, 12),
     Fault("hostile path in an index of shards", hostile.index_paths, 12, 12),
 )

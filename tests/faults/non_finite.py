@@ -1,6 +1,6 @@
 """A loss or a gradient that is not finite: no step is made of it, whether or not that step is logged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from minibert.train.checkpoint import Run
 from minibert.train.loop import Trainer
 from minibert.train.optim import optimizer_state
 
-from .common import Tally, corpus, new_config, new_model, refusal, samples
+from .common import STEPS, Tally, corpus, new_config, new_model, refusal, samples
 
 STEP = 3  # the step that is spoilt, counted from 1
 
@@ -44,35 +44,65 @@ CASES = {
 
 
 def not_finite(tally: Tally, count: int, directory: Path) -> None:
-    """The first `count` of the cases, each in a step that is logged and in one that is not."""
+    """The first `count` of the cases, each in a step that is logged and in one that is not: the run ends."""
+    for case, spoilt in spoilt_runs(tally, count, directory):
+        with tally.trial(case):
+            error = refusal(spoilt.trainer.run, NonFiniteError, names=f"step {STEP}: ")
+            assert "samples" in str(error), "the batch is not named"
+            assert_equal(spoilt.before, spoilt.state())
+            assert all(record["step"] < STEP for record in spoilt.records())
+            saved = sorted(path.name for path in spoilt.trainer.path.glob("step-*"))
+            assert saved == [f"step-{STEP - 2}", f"step-{STEP - 1}"]
+
+
+def passed_over(tally: Tally, count: int, directory: Path) -> None:
+    """The same, where one bad step may be passed over: the next one begins with what this one began with."""
+    for case, spoilt in spoilt_runs(tally, count, directory, skip=1, save_every=None):
+        with tally.trial(case):
+            result = spoilt.trainer.run()
+            assert result.step == STEPS
+            assert_equal(spoilt.before, spoilt.after)
+            assert [record["step"] for record in spoilt.records() if "skipped" in record] == [STEP]
+            changed = [name for name, value in spoilt.state().items() if not torch.equal(value, spoilt.after[name])]
+            assert changed and all(value.isfinite().all() for value in spoilt.state().values())
+
+
+def spoilt_runs(tally: Tally, count: int, directory: Path, **changes) -> Iterator[tuple[str, "Spoilt"]]:
     for number, (case, spoil) in enumerate(list(CASES.items())[:count]):
         for log_every in (1, 1000):
-            with tally.trial(f"{case}, log_every={log_every}"):
-                run_dir = directory / f"{number}-{log_every}"
-                run_dir.mkdir()
-                check(run_dir, spoil, new_config(log_every=log_every, eval_every=None, save_every=1, best_metric=None))
+            usual = {"log_every": log_every, "save_every": 1, "eval_every": None, "best_metric": None}
+            config = new_config(**usual | changes)
+            run_dir = directory / f"{number}-{log_every}"
+            run_dir.mkdir()
+            yield f"{case}, log_every={log_every}", Spoilt(run_dir, spoil, config)
 
 
-def check(run_dir: Path, spoil: Callable, config: TrainConfig) -> None:
-    data, model, tokenizer = samples(), new_model(), corpus()[0].tokenizer
-    trainer = Trainer(model, data, None, config, Run(run_dir, False), tokenizer, data.parts, {})
-    micro, before = -1, {}
+class Spoilt:
+    """A run whose third step is spoilt; `before` and `after`: weights and moments as that step and the next begin."""
 
-    def count(*_):
-        nonlocal micro
-        micro += 1
-        if micro == 2 * (STEP - 1):
-            before.update(state())
+    def __init__(self, run_dir: Path, spoil: Callable, config: TrainConfig):
+        data, tokenizer, self.model = samples(), corpus()[0].tokenizer, new_model()
+        self.trainer = Trainer(self.model, data, None, config, Run(run_dir, False), tokenizer, data.parts, {})
+        self.micro, self.before, self.after = -1, {}, {}
+        self.model.register_forward_pre_hook(self.count)
+        spoil(self.model, lambda which: self.micro == 2 * (STEP - 1) + which)
 
-    def state():
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        return {name: value.clone() for name, value in (weights | optimizer_state(model, trainer.optimizer)).items()}
+    def count(self, *_) -> None:
+        self.micro += 1
+        if self.micro == 2 * (STEP - 1):
+            self.before = self.state()
+        elif self.micro == 2 * STEP:
+            self.after = self.state()
 
-    model.register_forward_pre_hook(count)
-    spoil(model, lambda which: micro == 2 * (STEP - 1) + which)
-    error = refusal(trainer.run, NonFiniteError, names=f"step {STEP}: ")
-    assert "samples" in str(error), "the batch is not named"
-    now = state()
-    assert before.keys() == now.keys() and all(torch.equal(before[name], now[name]) for name in now), "a step was made"
-    assert all(record["step"] < STEP for record in read_metrics(run_dir / "metrics.jsonl"))
-    assert sorted(path.name for path in run_dir.glob("step-*")) == [f"step-{STEP - 2}", f"step-{STEP - 1}"]
+    def state(self) -> dict[str, torch.Tensor]:
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        tensors = weights | optimizer_state(self.model, self.trainer.optimizer)
+        return {name: value.clone() for name, value in tensors.items()}
+
+    def records(self) -> list[dict]:
+        return read_metrics(self.trainer.path / "metrics.jsonl")
+
+
+def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one and one.keys() == two.keys(), "other tensors"
+    assert all(torch.equal(one[name], two[name]) for name in one), "a step was made"

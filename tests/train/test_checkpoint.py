@@ -10,7 +10,7 @@ import time
 import pytest
 import safetensors.torch
 import torch
-from tiny_run import Fork
+from tiny_run import Fork, run
 
 from minibert.train import checkpoint
 from minibert.train.checkpoint import CheckpointError, claim, latest, save, steps, verify
@@ -88,6 +88,18 @@ def test_damaged_later_steps_do_not_push_out_the_one_just_saved(tmp_path):
     save(tmp_path, 2, content(2), keep_last=1)
     assert_is_step(latest(tmp_path), 2)
     assert steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_decides_who_may_read_a_run(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        run(tmp_path / "run")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "run").rglob("*"):
+        whole = 0o777 if path.is_dir() else 0o644 if path.name == ".lock" else 0o666
+        assert path.stat().st_mode & 0o777 == whole & ~umask, path
 
 
 def test_files_that_a_writer_left_behind_are_not_saved(tmp_path):
