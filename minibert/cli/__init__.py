@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 import jsonargparse
 import yaml
 
-from ..train import Interrupted, NonFiniteError, recipe_options
+from ..train import Interrupted, NonFiniteError, PeerFailed, join, recipe_options, started
 from . import classification, kernels, plotting, preparing, pretraining, profiling, weights
 
 VERBS: dict[str, Callable[..., int | None]] = {
@@ -32,6 +32,9 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "xray": kernels.xray,
     "info": weights.info,
 }
+
+TOGETHER = ("pretrain", "finetune")  # what several processes can do
+SHARED = (Interrupted, NonFiniteError, PeerFailed)  # what happens to all processes of a run at once
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -92,7 +95,10 @@ def run(argv: list[str]) -> int:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.POSITIONAL_ONLY
     ]
-    return function(*positional, **values) or 0
+    if started().size > 1 and verb not in TOGETHER:
+        raise ValueError(f"{verb} is for one process, not for {started().size}: start it without torchrun")
+    with join():
+        return function(*positional, **values) or 0
 
 
 def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
@@ -106,7 +112,8 @@ def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run `minibert`; returns the exit code: 2 for what the user can mend, 1 for what went wrong while running."""
     argv = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    rank = started().rank
+    logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("minibert_kernels").setLevel(logging.WARNING)
     if not argv or argv[0] in ("-h", "--help"):
         _print_help()
@@ -119,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
         if "--debug" in argv:
             raise
         message, code = explain(error)
-        print(f"minibert: error: {message}", file=sys.stderr)
+        if not rank or not isinstance(error, SHARED):
+            print(f"minibert: error: {f'rank {rank}: ' * bool(rank)}{message}", file=sys.stderr)
         return code
 
 
@@ -132,7 +140,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     if isinstance(error, ValueError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return text, 2
-    if isinstance(error, OSError | NonFiniteError):
+    if isinstance(error, OSError | NonFiniteError | PeerFailed):
         return text, 1
     return f"{type(error).__name__}: {text} (--debug shows where)", 1
 

@@ -32,7 +32,7 @@ from ..tasks import pretraining
 from ..tasks.classification import evaluate as measure
 from ..tasks.classification import kind_of
 from ..tasks.classification import predict as label
-from ..train import TrainConfig, claim
+from ..train import TrainConfig, World, claim
 from ..train import train as fit
 from .common import (
     check_backend,
@@ -124,6 +124,7 @@ def finetune(
     for name in ("batch_size", "epochs", "max_train", "accumulate", "max_length"):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"{name}={options[name]} is not positive")
+    World.current().check(accumulate)
     device, source = resolve_device(device), resolve_model(init)
     check_backend(backend, device)
     parts = read_parts(options)
@@ -157,7 +158,8 @@ def finetune(
         settings["data"] = {split: data_hash(part) for split, part in sets.items()}
         check = lambda network, limit: _numbers(measure(network, sets["valid"]))  # noqa: E731
         fit(network, sets["train"], check, config, run, tokenizer, settings=settings)
-    report_best(out, sets, backend, device)
+    if World.current().leads:
+        report_best(out, sets, backend, device)
 
 
 def data_hash(part: LabelledData) -> str:

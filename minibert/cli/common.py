@@ -21,9 +21,13 @@ from ..data.text import refuse
 from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
 from ..model import MODELS, BertForMaskedLM, BertForPreTraining
-from ..train import Run, best, check_device, latest
+from ..train import Run, World, best, check_device, latest, started
 
-say = Console(stderr=True, highlight=False, soft_wrap=True).print
+
+def say(text: str, **options) -> None:
+    """A line on stderr; of several processes, the first says it for all."""
+    if started().leads:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, **options)
 
 
 def resolve_device(device: str) -> str:
@@ -126,7 +130,9 @@ def describe(store: TokenStore) -> str:
 
 
 def save_options(run: Run, verb: str, options: dict[str, Any]) -> None:
-    """Print the final options and keep them in the run as `config.yaml`, which `--config` reads."""
+    """Print the final options and keep them in the run as `config.yaml`, which `--config` reads; rank 0 does."""
+    if not World.current().leads:
+        return
     kept = {name: value for name, value in options.items() if name != "resume"}
     text = yaml.safe_dump(kept, sort_keys=False)
     say(f"minibert {verb}\n{text}", end="", markup=False)

@@ -15,7 +15,7 @@ from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForMaskedLM, BertForPreTraining
 from ..tasks import pretraining as task
-from ..train import OPTIMIZERS, RECIPES, SCHEDULES, WRITERS, Run, TrainConfig, claim, train
+from ..train import OPTIMIZERS, RECIPES, SCHEDULES, WRITERS, Run, TrainConfig, World, claim, train
 from .common import (
     check_backend,
     check_causal,
@@ -130,26 +130,30 @@ def pretrain(
 
     Example: minibert pretrain --data corpus/ --model bert-tiny --steps 300 --out runs/tiny --objectives mlm sop
     """
-    options = dict(locals())
-    options["objectives"] = [name for name in objectives if nsp or name != "nsp"]
-    if steps is None and minutes is None:
-        options["steps"] = STEPS
-    check_objectives(options["objectives"], weights)
-    config = TrainConfig(**pick(options, TRAINING), device=resolve_device(device), best_metric="loss")
-    check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
-    if whole_word and mask_unit == "span":
-        raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
-    check_masking(mask_rate, mask_unit, max_span, mask_count)
-    check_backend(backend, config.device)
-    start = resolve_model(init) if init else None
-    planned = planned_config(options, start)
+    options, world = dict(locals()), World.current()
+    with world.ahead():
+        options["objectives"] = [name for name in objectives if nsp or name != "nsp"]
+        if steps is None and minutes is None:
+            options["steps"] = STEPS
+        check_objectives(options["objectives"], weights)
+        config = TrainConfig(**pick(options, TRAINING), device=resolve_device(device), best_metric="loss")
+        world.check(accumulate)
+        check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
+        if whole_word and mask_unit == "span":
+            raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
+        check_masking(mask_rate, mask_unit, max_span, mask_count)
+        check_backend(backend, config.device)
+        start = resolve_model(init) if init else None
+        planned = planned_config(options, start)
     with claim(out, resume) as run:
         learn(options, config, run, start, planned)
 
 
 def learn(options: dict, config: TrainConfig, run: Run, start: Path | None, planned: BertConfig) -> None:
     """What `pretrain` does when its options are found good."""
-    sides = open_sides(options, run.path / "data", options["tokenizer"] or (start and str(start)))
+    world = World.current()
+    with world.ahead():
+        sides = open_sides(options, run.path / "data", options["tokenizer"] or (start and str(start)))
     stores, mix, weights = [store for store, _ in sides[0]], options["mix"], options["weights"]
     tokenizer, samples = stores[0].tokenizer, pick(options, SAMPLING)
     learned, held_out = (
@@ -158,7 +162,7 @@ def learn(options: dict, config: TrainConfig, run: Run, start: Path | None, plan
     )
     arch = {"causal": planned.causal} | options["arch"]
     network = new_network(options | {"arch": arch}, start, tokenizer, language_model(planned))
-    commonest = commonest_token(sides[0])
+    commonest = commonest_token(sides[0]) if world.leads else None
     save_options(run, "pretrain", options)
     for each in stores:
         say(describe(each))
@@ -176,7 +180,8 @@ def learn(options: dict, config: TrainConfig, run: Run, start: Path | None, plan
         weights={f"{name}_loss": weight for name, weight in weights.items()},
         settings=samples | pick(options, "valid_fraction backend") | {"data": source_of(stores, mix)},
     )
-    print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
+    if world.leads:
+        print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
 
 
 def planned_config(options: Mapping, start: Path | None) -> BertConfig:

@@ -13,6 +13,7 @@ from .pairs import PairSampler, Plan
 from .store import TokenStore
 from .tokenizer import Tokenizer
 
+WINDOW = 4096  # samples planned at once: of fewer, a call costs more than its work; of more, the cache is too small
 FEISTEL_ROUNDS = 4  # pseudo-random from three on (Luby and Rackoff, 1988)
 
 
@@ -100,6 +101,10 @@ class PretrainingData:
         (epoch, index, plan), end = self._take(cursor)
         return self._build(epoch, index, plan, np.arange(cursor, end)), end
 
+    def skip(self, cursor: int) -> int:
+        """The cursor behind the batch that begins at `cursor`, without making it."""
+        return self._take(cursor)[1]
+
     def batches(self, cursor: int = 0) -> Iterator[tuple[Batch, int]]:
         """`next_batch` without end, for a loop of your own: (batch, cursor behind it)."""
         while True:
@@ -120,7 +125,7 @@ class PretrainingData:
     def _take(self, cursor: int):
         """(epoch, index, plan) of the samples that fit one batch, and the cursor behind them."""
         first, last, rows = self._window
-        size = 64
+        size = WINDOW
         while True:
             if first <= cursor < last:
                 epoch, index, plan = rows
@@ -129,10 +134,10 @@ class PretrainingData:
                 if cursor + count < last:  # a batch that ends with the window might have taken more
                     here = slice(cursor - first, cursor - first + count)
                     return (epoch[here], index[here], plan[here]), cursor + count
-            size *= 4
             first, last = cursor, cursor + size
             rows = self._rows(np.arange(first, last))
             self._window = (first, last, rows)
+            size *= 4
 
     def _rows(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray, Plan]:
         epoch, index = self._order(cursors)

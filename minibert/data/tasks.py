@@ -259,9 +259,13 @@ class LabelledData:
     def next_batch(self, cursor: int) -> tuple[Batch, int]:
         """The batch at `cursor` and the cursor after it; the last batch of an epoch may be smaller."""
         epoch, start = divmod(cursor, len(self))
-        stop = min(start + self.batch_size, len(self))
-        rows = [int(permute(self.seed, epoch, index, len(self))) for index in range(start, stop)]
-        return self._pack(rows, range(cursor, cursor + len(rows))), cursor + len(rows)
+        end = self.skip(cursor)
+        rows = [int(permute(self.seed, epoch, index, len(self))) for index in range(start, start + end - cursor)]
+        return self._pack(rows, range(cursor, end)), end
+
+    def skip(self, cursor: int) -> int:
+        """The cursor behind the batch that begins at `cursor`, without making it."""
+        return min(cursor + self.batch_size, cursor - cursor % len(self) + len(self))
 
     def in_order(self) -> Iterator[tuple[list[int], Batch]]:
         """Every example once, shortest first so that batches are even: (row numbers, batch)."""

@@ -1,6 +1,7 @@
 """Training: the loop, its checkpoints and its log, and what they are made of."""
 
-from .checkpoint import CheckpointError, Run, best, claim, latest, verify
+from .checkpoint import CheckpointError, Run, best, latest, verify
+from .distributed import PeerFailed, World, claim, join, started
 from .log import METRICS, TIMING_FIELDS, read_metrics
 from .loop import (
     Interrupted,
@@ -27,19 +28,23 @@ __all__ = [
     "Interrupted",
     "Lamb",
     "NonFiniteError",
+    "PeerFailed",
     "Result",
     "Run",
     "TrainConfig",
+    "World",
     "adamw",
     "best",
     "check_device",
     "claim",
+    "join",
     "lamb",
     "latest",
     "mean_over_sequences",
     "param_groups",
     "read_metrics",
     "recipe_options",
+    "started",
     "train",
     "verify",
 ]

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import platform
 import signal
 import threading
@@ -33,7 +34,8 @@ from ..config import one_of
 from . import checkpoint
 from .average import Average
 from .card import record_run, write_card
-from .checkpoint import Run, claim
+from .checkpoint import Run
+from .distributed import Losses, World, claim
 from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
@@ -54,9 +56,14 @@ logger = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """An endless stream; the cursor is one integer, 0 at the beginning."""
+    """An endless stream; the cursor is one integer, 0 at the beginning.
+
+    skip: the cursor behind the batch that begins there; asked for where the batch is another process's.
+    """
 
     def next_batch(self, cursor: int) -> tuple[Batch, int]: ...
+
+    def skip(self, cursor: int) -> int: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -80,7 +87,7 @@ class TrainConfig:
     schedule: a word of `SCHEDULES`, down to final_lr times the peak; for decay and power see `schedule.factor`.
     optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
     clip: largest norm of the gradient, None for no limit.
-    accumulate: micro-batches a step; with ramp, a share of the run, from 1 up to so many there.
+    accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
     spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
     patience: stop after so many evaluations without a better best_metric.
@@ -222,6 +229,8 @@ def train(
 ) -> Result:
     """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
 
+    Within `join`, together with the other processes: the micro-batches of a step are dealt out, rank 0 evaluates and
+    writes. Every process passes the same arguments.
     Args:
         model: called as `model(batch, seed=int)`, saved with `save_pretrained`; its initial weights are the caller's.
         evaluate: called as `evaluate(model, config.eval_batches)` in eval mode, without gradients and under the run's
@@ -246,7 +255,9 @@ class Trainer:
         self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping,
         weights: Mapping[str, float] | None = None,
     ):  # fmt: skip
-        self.device = check_device(config.device)
+        self.world = World.current()
+        self.world.once(lambda: self.world.check(config.accumulate))
+        self.device = self.world.place(check_device(config.device))
         self.model, self.data, self.evaluate = model.to(self.device), data, evaluate
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
         self.weights = dict(weights or {})
@@ -261,27 +272,31 @@ class Trainer:
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
         if run.resume:
             self.load()
+        self.losses = Losses(self.model)
 
     def run(self) -> Result:
         """Train from where the state is to the last step."""
         config = self.config
         started, tokens, busy = time.monotonic(), 0, 0.0
+        leads = self.world.leads
+        with self.world.ahead():
+            log = MetricsLog(self.path / METRICS, config.writer) if leads else MetricsLog(os.devnull)
         with (
-            MetricsLog(self.path / METRICS, config.writer) as log,
-            Progress(config.steps, self.step) as progress,
+            open(os.devnull, "w") as silence,
+            log,
+            Progress(config.steps, self.step, None if leads else silence) as progress,
             _signals() as signals,
         ):
             self.model.train()
             self.over = self._is_over() or self._is_stale()
-            if not self.over:
-                record_run(self.path, self.step, self.saved)
-            drawn = None if self.over else self._draw(self.cursor, self.step)
+            drawn = None if self.over else self._begin()
             while not self.over:
                 begun = time.monotonic()
                 batches, weights, cursor = drawn
                 values = self._backward(batches, weights)
                 # the host draws the next batches while the device still works on these
                 drawn = self._draw(cursor, self.step + 1)
+                came = self.world.agree(signals)
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
@@ -290,17 +305,19 @@ class Trainer:
                 improved = evaluated and self._evaluate()
                 self.over = self.over or self._is_stale()
                 if evaluated or "skipped" in record or self._due(config.log_every):
-                    timing = {"tokens_per_second": tokens / busy, "seconds": time.monotonic() - started}
+                    speed = self.world.total(tokens) / busy
+                    timing = {"tokens_per_second": speed, "seconds": time.monotonic() - started}
                     record |= timing | ({f"eval_{k}": v for k, v in self.metrics.items()} if evaluated else {})
                     log.write(record)
                     progress.show(record)
                     tokens, busy = 0, 0.0
                 progress.advance(self.step)
-                if improved or signals or self._due(config.save_every):
-                    log.sync()
+                if improved or came or self._due(config.save_every):
+                    if leads:
+                        log.sync()
                     self.save()
-                if signals and not self.over:
-                    self._stop(signals[0])
+                if came and not self.over:
+                    self._stop(came[0])
         return Result(self.step, self.metrics, self.best, self.checkpoint)
 
     def _due(self, every: int | None) -> bool:
@@ -316,16 +333,26 @@ class Trainer:
         return config.patience is not None and self.step - best >= config.patience * config.eval_every
 
     def _elapsed(self) -> float:
-        """Seconds of all processes of this run, as far as their work was saved; 0 where no minutes are set."""
-        return 0.0 if self.config.minutes is None else time.monotonic() - self.started
+        """Seconds of this run, resumed or not, as far as its work was saved, by rank 0's clock; 0 without minutes."""
+        return 0.0 if self.config.minutes is None else self.world.once(lambda: time.monotonic() - self.started)
+
+    def _begin(self):
+        """Record the start, draw the first step, and let gradients be means over the ranks."""
+        self.world.once(lambda: record_run(self.path, self.step, self.saved))
+        drawn = self._draw(self.cursor, self.step)
+        with self._autocast():
+            example = drawn[0][0].to(self.device), self.config.seed, list(drawn[1][0])
+            self.losses = self.world.spread(self.losses, *example)
+        return drawn
 
     def _draw(self, cursor: int, step: int = 0) -> tuple[list[Batch], list[dict[str, float]], int]:
-        """The micro-batches of a step, the share that each of their losses has in the step's, and the next cursor."""
-        batches, totals, config = [], Counter(), self.config
-        for _ in range(micro_batches(config.accumulate, config.ramp, config.progress(step, self._elapsed()))):
-            batch, cursor = self.data.next_batch(cursor)
-            batches.append(batch)
-        counts = [self.parts(batch) for batch in batches]
+        """This rank's micro-batches of a step, the share that each loss of all of them has in it, the next cursor."""
+        config = self.config
+        count = micro_batches(config.accumulate, config.ramp, config.progress(step, self._elapsed()))
+        batches, cursor = self.world.deal(self.data, cursor, self.world.fill(count))
+        counts, totals = [self.parts(batch) for batch in batches], Counter()
+        table = self.world.weave(torch.tensor([list(count.values()) for count in counts])).tolist()
+        counts = [dict(zip(counts[0], row, strict=True)) for row in table]
         for count in counts:
             totals.update(count)
         return batches, [{name: n / max(totals[name], 1) for name, n in count.items()} for count in counts], cursor
@@ -334,42 +361,45 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _backward(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
-        """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses."""
+        """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses.
+
+        The norm is that of the reduced gradient and the losses are those of all ranks: each decides the same.
+        """
         # not keyed on the micro-batch: dropout is keyed on sequences, so it is the same however the step is cut
         seed = fold(self.config.seed, DROPOUT, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for batch, share in zip(batches, weights, strict=True):
-            with self._autocast():
-                output = self.model(batch.to(self.device), seed=seed)
-            means = {name: getattr(output, name) for name in share}
-            sum(means[name] * (share[name] * self.weights.get(name, 1.0)) for name in share).backward()
-            losses += [mean.detach().float() for mean in means.values()]
+        world, losses = self.world, []
+        for batch, share in zip(batches, weights[world.rank :: world.size], strict=True):
+            with world.reducing(self.losses, last=batch is batches[-1]):
+                with self._autocast():
+                    means = self.losses(batch.to(self.device), seed, list(share))
+                # times the ranks, over which the gradients will be averaged
+                factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
+                sum(means[name] * factor for name, factor in factors.items()).backward()
+            losses.append(torch.stack([mean.detach().float() for mean in means.values()]))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
-        return torch.stack([norm.float(), *losses])
+        return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
         """The optimizer's step, unless the guard finds it bad. Returns the record of the step."""
         norm, *losses = values.tolist()  # the one wait for the device in a step
-        flat = [
-            (name, weight, batch)
-            for batch, share in zip(batches, weights, strict=True)
-            for name, weight in share.items()
-        ]
+        flat = [(name, weight, number) for number, share in enumerate(weights) for name, weight in share.items()]
         means = dict.fromkeys((name for name, _, _ in flat), 0.0)
         for (name, weight, _), loss in zip(flat, losses, strict=True):
             means[name] += weight * loss
         broken = [
-            (name, loss, batch) for (name, _, batch), loss in zip(flat, losses, strict=True) if not math.isfinite(loss)
+            (name, loss, number)
+            for (name, _, number), loss in zip(flat, losses, strict=True)
+            if not math.isfinite(loss)
         ]
         loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
         record = {"step": self.step + 1, "loss": loss} | means
         if broken:
-            fault, batches = f"{broken[0][0]} is {broken[0][1]}", [batch for _, _, batch in broken]
+            fault, numbers = f"{broken[0][0]} is {broken[0][1]}", [number for _, _, number in broken]
         else:
-            fault = self.guard.fault(loss, norm)
+            fault, numbers = self.guard.fault(loss, norm), list(range(len(weights)))
         if fault:
-            self._leave_out(fault, batches)
+            self._leave_out(fault, batches, numbers)
             return record | {"grad_norm": norm, "skipped": fault}
         self.guard.good(loss)
         lr = self.config.learning_rate(self.config.progress(self.step, self._elapsed()))
@@ -380,26 +410,33 @@ class Trainer:
             self.average.update(self.step)
         return record | {"learning_rate": lr, "grad_norm": norm}
 
-    def _leave_out(self, fault: str, batches: list[Batch]) -> None:
-        """Warn of a bad step, or raise NonFiniteError where no more may be left out."""
-        ids = torch.cat([batch.seq_ids for batch in batches])
-        what = f"step {self.step + 1}: {fault} on samples {ids.min()} to {ids.max()}; no optimizer step was made"
+    def _leave_out(self, fault: str, batches: list[Batch], numbers: list[int]) -> None:
+        """Warn of a bad step, or raise NonFiniteError where no more may be left out; called on every rank.
+
+        Names the samples of the micro-batches of these numbers, whoever has them.
+        """
+        spans = torch.stack([torch.stack([batch.seq_ids.min(), batch.seq_ids.max()]) for batch in batches])
+        spans = self.world.weave(spans)[numbers]
+        what = f"step {self.step + 1}: {fault} on samples {spans.min()} to {spans.max()}; no optimizer step was made"
         if not self.guard.passes():
             raise NonFiniteError(f"{what}: try a lower lr")
-        logger.warning(what)
+        if self.world.leads:
+            logger.warning(what)
 
     def _averaged(self):
         """Within, the model has the weights that are evaluated and saved."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
+    def _measure(self) -> dict[str, float]:
+        with self._averaged():
+            return {name: float(value) for name, value in self.evaluate(self.model, self.config.eval_batches).items()}
+
     def _evaluate(self) -> bool:
         """Evaluate; true where the result is the best so far."""
         config = self.config
         self.model.eval()
-        with torch.no_grad(), self._autocast(), self._averaged():
-            self.metrics = {
-                name: float(value) for name, value in self.evaluate(self.model, config.eval_batches).items()
-            }
+        with torch.no_grad(), self._autocast():
+            self.metrics = self.world.once(self._measure)
         self.model.train()
         if config.best_metric is None:
             return False
@@ -419,7 +456,9 @@ class Trainer:
         """Write the checkpoint of this step."""
         best = self.best and self.best["step"]
         keep_last = self.config.keep_last
-        self.checkpoint = checkpoint.save(self.path, self.step, self._write, keep_last=keep_last, best=best)
+        self.checkpoint = self.world.once(
+            lambda: checkpoint.save(self.path, self.step, self._write, keep_last=keep_last, best=best)
+        )
 
     def _write(self, directory: Path) -> None:
         with self._averaged():
@@ -438,15 +477,8 @@ class Trainer:
 
     def load(self) -> None:
         """Put the newest whole checkpoint's state back, and cut the log to its step; without one, start at step 0."""
-        directory = checkpoint.latest(self.path)
+        directory, state = self.world.once(self._find)
         if directory is not None:
-            state = checkpoint.read_trainer(directory)
-            for part in ("config", "settings"):
-                _refuse_changes(state[part], self.saved[part], self.path)
-            if state["versions"] != _versions():
-                logger.warning(
-                    "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
-                )
             hub.load_into(self.model, directory)
             _load_tensors(directory / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
             if self.average:
@@ -455,7 +487,21 @@ class Trainer:
             self.best, self.metrics = state["best"], state["metrics"]
             self.guard.load(state.get("guard", {}))
             self.started -= state.get("seconds", 0.0)
-        truncate_metrics(self.path / METRICS, self.step)
+        self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
+
+    def _find(self) -> tuple[Path | None, dict | None]:
+        """The checkpoint to continue from and its `trainer.json`, or None; refused where it is of another run."""
+        directory = checkpoint.latest(self.path)
+        if directory is None:
+            return None, None
+        state = checkpoint.read_trainer(directory)
+        for part in ("config", "settings"):
+            _refuse_changes(state[part], self.saved[part], self.path)
+        if state["versions"] != _versions():
+            logger.warning(
+                "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
+            )
+        return directory, state
 
 
 @contextlib.contextmanager

@@ -92,6 +92,15 @@ def test_batches_fill_their_budget_and_no_more(data):
         assert batch.max_seqlen <= 64
 
 
+def test_a_batch_is_skipped_without_reading_a_token(data, monkeypatch):
+    ends = [0]
+    for _ in range(3 + len(data) // 20):
+        ends.append(data.next_batch(ends[-1])[1])
+    assert ends[-1] > len(data)
+    monkeypatch.setattr(data.sampler, "gather", None)
+    assert [data.skip(cursor) for cursor in ends[:-1]] == ends[1:]
+
+
 def test_a_batch_has_a_sample_even_where_the_budget_is_too_small(store, tokenizer):
     data = PretrainingData(store, tokenizer, max_length=64, batch_tokens=1)
     assert [data.next_batch(cursor)[1] for cursor in range(5)] == [1, 2, 3, 4, 5]

@@ -259,6 +259,10 @@ def test_an_epoch_draws_every_example_once_in_an_order_of_its_own(data):
     assert [len(lengths) for lengths, *_ in drawn(data, 0, 5)] == [4, 4, 4, 1, 4]
 
 
+def test_a_batch_is_skipped_by_its_cursor(data):
+    assert [data.skip(cursor) for cursor in (0, 4, 12, 13, 20)] == [4, 8, 13, 17, 24]
+
+
 def test_texts_and_labels_stay_together(data):
     for lengths, labels, _, _ in drawn(data, 0, 9):
         assert labels == [10 * (length - 1) for length in lengths]

@@ -45,9 +45,12 @@ class Stream:
 
     def next_batch(self, cursor):
         self.before(cursor)
-        period = int(self.edges[-1])
-        end = cursor - cursor % period + int(self.edges[self.edges > cursor % period][0])
+        end = self.skip(cursor)
         return self.make(range(cursor, end)), end
+
+    def skip(self, cursor):
+        period = int(self.edges[-1])
+        return cursor - cursor % period + int(self.edges[self.edges > cursor % period][0])
 
     def make(self, numbers):
         draws = [np.random.default_rng(number) for number in numbers]
