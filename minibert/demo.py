@@ -14,16 +14,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .cli.classification import finetune
+from .cli.finetuning import finetune
 from .cli.common import refuse_filled, resolve_model
 from .cli.pretraining import pretrain
 from .data.sample import write_sample_corpus
-from .data.tasks import Example, find_columns, read_examples
+from .data.records import find_splits
 from .data.tokenizer import Tokenizer
 from .integrations.parity import load_theirs
 from .integrations.speed import time_inference
 from .model import BertForPreTraining, BertForSequenceClassification, BertModel
-from .tasks.classification import predict
+from .tasks import Example, predict, task_of
 from .tasks.pretraining import fill_mask
 from .train import METRICS, read_metrics
 
@@ -133,9 +133,9 @@ def finetune_part(out: Path, weights: Path, device: str) -> list[tuple[str, str,
     finetune(data=str(REVIEWS), init=str(weights), out=str(run), device=device, **FINETUNE)
     best = resolve_model(run)
     network = BertForSequenceClassification.from_pretrained(best)
-    examples = [Example((text,), None, "demo") for text in SENTENCES]
+    examples = [Example((text,)) for text in SENTENCES]
     right = 0
-    for answer in predict(network, Tokenizer.from_pretrained(best), examples):
+    for answer in predict(task_of(network), network, Tokenizer.from_pretrained(best), examples):
         right += answer["label"] == SENTENCES[answer["text"]]
         console.print(f"{answer['label']} {answer['probability']:.2f}  {answer['text']}")
     records = [record for record in read_metrics(run / METRICS) if "eval_accuracy" in record]
@@ -151,7 +151,7 @@ def finetune_part(out: Path, weights: Path, device: str) -> list[tuple[str, str,
 def speed_part(weights: Path, device: str) -> list[tuple[str, str, bool]]:
     ours = BertModel.from_pretrained(weights).to(device)
     theirs = load_theirs(BertModel, weights, attention="sdpa").to(device)
-    texts = [example.texts[0] for example in read_examples(REVIEWS, find_columns(REVIEWS))][:256]
+    texts = [record.fields["text"] for record in find_splits(REVIEWS)["train"].records()][:256]
     timing = time_inference(ours, theirs, Tokenizer.from_pretrained(weights), texts)
     speed = f"{timing.ratio:.2f} × ({timing.ratio_low:.2f} to {timing.ratio_high:.2f})"
     where = f"{timing.threads} threads, load {timing.load:.1f}" if device == "cpu" else device

@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import IO
 
 MANIFEST = "manifest.json"
 BY_HAND = f"or changed on purpose (then delete {MANIFEST})"
@@ -13,18 +14,25 @@ BY_HAND = f"or changed on purpose (then delete {MANIFEST})"
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside `path`, flush to the disk, rename: readers see the old file or the new one, never a part."""
+    with open_atomically(path, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file to write to that takes the place of `path` when the block ends well."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say which file was written
         raise
 

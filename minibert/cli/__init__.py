@@ -13,16 +13,16 @@ import jsonargparse
 import yaml
 
 from ..train import Interrupted, NonFiniteError, PeerFailed, join, recipe_options, started
-from . import classification, kernels, plotting, preparing, pretraining, profiling, weights
+from . import finetuning, kernels, plotting, preparing, pretraining, profiling, weights
 
 VERBS: dict[str, Callable[..., int | None]] = {
     "demo": weights.demo,
     "tokenizer": preparing.tokenizer,
     "prepare": preparing.prepare,
     "pretrain": pretraining.pretrain,
-    "finetune": classification.finetune,
-    "evaluate": classification.evaluate,
-    "predict": classification.predict,
+    "finetune": finetuning.finetune,
+    "evaluate": finetuning.evaluate,
+    "predict": finetuning.predict,
     "fill-mask": pretraining.fill_mask,
     "generate": pretraining.generate,
     "parity": weights.parity,

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from minibert_kernels.dispatch import use_triton
 
 from .. import hub
-from ..config import BertConfig
+from ..config import BertConfig, one_of
 from ..data import TokenStore, build_store, read_documents
 from ..data.objectives import check_objectives
 from ..data.text import refuse
@@ -151,21 +151,27 @@ def check_fractions(**values: float) -> None:
             raise ValueError(f"{name}={value} is not between 0 and 1")
 
 
+class BadRecords:
+    """What becomes of records that cannot be read: `fail` ends the command, `skip` counts, `report` names each, too."""
+
+    def __init__(self, mode: str):
+        one_of("on_bad_record", mode, ("fail", "skip", "report"))
+        self.mode, self.count = mode, 0
+
+    def __call__(self, error: ValueError) -> None:
+        if self.mode == "fail":
+            raise error
+        self.count += 1
+        if self.mode == "report":
+            say(str(error), markup=False)
+
+    def summary(self) -> None:
+        if self.count:
+            say(f"{self.count:,} records could not be read and were left out")
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
-
-
-def print_answers(answers: list[dict], out: str | None, as_json: bool) -> None:
-    """One line an answer, on stdout or as jsonl in `out`; or one object on stdout."""
-    if out is not None:
-        write_atomically(Path(out), "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
-        say(f"{len(answers):,} answers in {out}")
-    if as_json:
-        print_json({"predictions": answers})
-    elif out is None:
-        for answer in answers:
-            value = f"{answer['label']} {answer['probability']:.3f}" if "label" in answer else f"{answer['value']:.4f}"
-            print(value, " | ".join(answer[name] for name in ("text", "text_pair") if name in answer), sep="\t")
 
 
 def print_result(result: Mapping[str, Any], as_json: bool, file=None) -> None:

@@ -1,1 +1,46 @@
-"""What each task reads, predicts and measures: `pretraining` and `classification`."""
+"""Fine-tuning tasks, one a file, and `pretraining`: what each reads, learns, predicts and measures."""
+
+from torch import nn
+
+from ..config import one_of
+from .base import Example, Task, draw_examples, evaluate, predict, read_examples, split_examples
+from .classification import Classification, Intent, MultiLabel, Regression
+
+TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Classification, Intent, MultiLabel, Regression)}
+
+
+def make_task(name: str, **options) -> Task:
+    """The task of this name in `TASKS`, with options of its own.
+
+    Raises:
+        ValueError: there is no such task, it has no such option, or an option's value is out of range.
+    """
+    one_of("task", name, TASKS)
+    return TASKS[name].make(options)
+
+
+def task_of(model: nn.Module) -> Task:
+    """The task a model was fine-tuned for, as its config says, or else as its head and problem type do."""
+    config = model.config
+    if config.finetuning_task in TASKS:
+        return make_task(config.finetuning_task, **(config.task_specific_params or {}))
+    problem = config.problem_type or ("regression" if config.num_labels == 1 else None)
+    fits = [kind for kind in TASKS.values() if kind.head is type(model)]
+    kinds = [kind for kind in fits if problem and getattr(kind, "problem", None) == problem] or fits
+    if not kinds:
+        raise ValueError(f"{type(model).__name__} is the head of no task: fine-tune it first")
+    return kinds[0]()
+
+
+__all__ = [
+    "TASKS",
+    "Example",
+    "Task",
+    "draw_examples",
+    "evaluate",
+    "make_task",
+    "predict",
+    "read_examples",
+    "split_examples",
+    "task_of",
+]

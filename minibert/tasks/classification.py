@@ -1,67 +1,280 @@
-"""Classification and regression of single texts and pairs: what is measured, and how a prediction looks."""
+"""Texts and pairs of texts: one class, several labels, an intent or none of those known, a number."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from ..data.tasks import Example, Kind, LabelledData, encode_texts
+from ..config import BertConfig, one_of
+from ..data.records import Record, label_of, text_of
+from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForSequenceClassification
 from ..train import metrics
+from .base import Example, Task
+
+# the names that published sets give their columns, tried in this order
+TEXTS = (("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("sentence",))
+LABELS = ("label", "labels", "score", "gold_label", "category", "intent")
 
 
-def kind_of(model: BertForSequenceClassification) -> Kind:
-    """What the model predicts; one output without a stated problem type is regression, as in Hugging Face."""
-    config = model.config
-    if config.problem_type == "multi_label_classification":
-        raise ValueError(
-            "problem_type='multi_label_classification' can be trained on, but not yet measured or predicted"
-        )
-    silent = config.problem_type is None and config.num_labels == 1
-    return "regression" if silent or config.problem_type == "regression" else "classification"
+@dataclass(frozen=True, kw_only=True)
+class Classification(Task):
+    """One class of a text or a pair; accuracy, precision, recall, F1 and Matthews' correlation.
+
+    text_column, pair_column, label_column: of the file; by default the first usual names that it has.
+    """
+
+    name = "classification"
+    head = BertForSequenceClassification
+    metric = "accuracy"
+    problem: ClassVar[str] = "single_label_classification"
+
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+
+    def example(self, record: Record) -> Example:
+        names = self.text_names(record)
+        label = self.label_column or next((name for name in LABELS if name in record.fields), None)
+        target = None if label is None else self.target(record, label)
+        return Example(tuple(text_of(record, name) for name in names), target, record.where)
+
+    def fields(self, text):
+        return {self.text_column or "text": text}
+
+    def text_names(self, record: Record) -> tuple[str, ...]:
+        if self.text_column is not None:
+            return (self.text_column,) if self.pair_column is None else (self.text_column, self.pair_column)
+        usual = next((names for names in TEXTS if all(name in record.fields for name in names)), None)
+        if usual is None:
+            known = ", ".join(map(str, record.fields))
+            raise ValueError(f"{record.where}: its columns are {known}: name the text with --text-column")
+        return usual if self.pair_column is None else (usual[0], self.pair_column)
+
+    def target(self, record: Record, name: str) -> Any:
+        return label_of(record, name)
+
+    def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
+        return label_names([example.target for example in examples], examples[0].where)
+
+    def config(self, examples: Sequence[Example]) -> dict[str, Any]:
+        return {**super().config(examples), "problem_type": self.problem}
+
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
+        limit = self.limit(config)
+        texts = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
+        encoded = tokenizer(*texts, truncation=self.truncate, max_length=limit if self.truncate else None)
+        rows = zip(encoded.input_ids, encoded.token_type_ids, strict=True)
+        known = config.label2id
+        return [
+            Row(check_length(ids, limit, example), types, label=self.label(example, known), example=number)
+            for number, (example, (ids, types)) in enumerate(zip(examples, rows, strict=True))
+        ]
+
+    def label(self, example: Example, known: Mapping[str, int]) -> Any:
+        """What the head learns from an example."""
+        return None if example.target is None else class_of(example, example.target, known)
+
+    def predict(self, examples, rows, scores, config):
+        for example, logits in zip(examples, scores, strict=True):
+            shares = softmax(logits)
+            best = int(logits.argmax())
+            answer = {"label": config.id2label[best], "probability": float(shares[best])}
+            yield texts_of(example) | answer | {"logits": logits}
+
+    def measure(self, examples, predictions, config):
+        known = config.label2id
+        targets = [known[example.target] for example in examples]
+        return metrics.classification(targets, [known[p["label"]] for p in predictions], config.id2label)
+
+    def line(self, prediction):
+        return f"{prediction['label']} {prediction['probability']:.3f}\t{read_again(prediction)}"
 
 
-@torch.no_grad()
-def scores(model: BertForSequenceClassification, data: LabelledData) -> np.ndarray:
-    """Logits [N, num_labels] float32 of every example, in the order of the data."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    result = np.zeros((len(data), model.config.num_labels), dtype=np.float32)
-    for rows, batch in data.in_order():
-        result[rows] = model(batch.to(device), labels=None).logits.float().cpu().numpy()
-    model.train(was_training)
-    return result
+@dataclass(frozen=True, kw_only=True)
+class Intent(Classification):
+    """An intent, or none of those known: examples labelled `out_of_scope` are no class, and none is learned from them.
+
+    A text is out of scope where its largest probability is below `threshold`, which is chosen on the held-out examples
+    for the best accuracy on both together, if there are any of them (Larson et al., 2019).
+    """
+
+    name = "intent"
+
+    out_of_scope: str = "oos"
+    threshold: float = 0.0
+
+    def names(self, examples):
+        known = [example for example in examples if example.target != self.out_of_scope]
+        return super().names(known)
+
+    def label(self, example, known):
+        return None if example.target == self.out_of_scope else super().label(example, known)
+
+    def predict(self, examples, rows, scores, config):
+        for answer in super().predict(examples, rows, scores, config):
+            known = answer["probability"] >= self.threshold
+            yield answer if known else answer | {"label": self.out_of_scope}
+
+    def fitted(self, examples, predictions, config):
+        inside = np.array([example.target != self.out_of_scope for example in examples])
+        if inside.all():
+            return self
+        sure = np.array([p["probability"] for p in predictions])
+        best = [config.id2label[int(p["logits"].argmax())] for p in predictions]
+        right = np.array([b == example.target for b, example in zip(best, examples, strict=True)])
+        # at a threshold t: what is right and not below t, and what is out of scope and below
+        order = np.argsort(-sure, kind="stable")
+        gain = np.where(inside, right, -1.0)[order].cumsum()
+        cut = int(gain.argmax())
+        return dataclasses.replace(self, threshold=float(sure[order[cut]]))
+
+    def measure(self, examples, predictions, config):
+        inside = [i for i, example in enumerate(examples) if example.target != self.out_of_scope]
+        closed = [p | {"label": config.id2label[int(p["logits"].argmax())]} for p in predictions]
+        result = super().measure([examples[i] for i in inside], [closed[i] for i in inside], config)
+        if len(inside) < len(examples):
+            outside = np.array([example.target == self.out_of_scope for example in examples])
+            said = np.array([p["label"] == self.out_of_scope for p in predictions])
+            sure = np.array([p["probability"] for p in predictions])
+            result |= {
+                "threshold": self.threshold,
+                "in_scope_kept": float(1 - said[~outside].mean()),
+                "out_of_scope_recall": float(said[outside].mean()),
+                "out_of_scope_auroc": metrics.auroc(outside, -sure),
+            }
+        return result
 
 
-def evaluate(model: BertForSequenceClassification, data: LabelledData) -> dict:
-    """accuracy, precision, recall, f1, mcc and per_class; for regression pearson, spearman and mse."""
-    logits = scores(model, data)
-    if kind_of(model) == "regression":
-        return metrics.regression(data.labels, logits[:, 0])
-    return metrics.classification(data.labels, logits.argmax(-1), model.config.id2label)
+@dataclass(frozen=True, kw_only=True)
+class MultiLabel(Classification):
+    """Any number of labels of a text: a list in jsonl, or names separated by `separator`; F1 over all (micro) and macro.
+
+    A label is given where its probability is `threshold` or more.
+    """
+
+    name = "multilabel"
+    metric = "f1"
+    problem = "multi_label_classification"
+    dtype = torch.float32
+
+    separator: str = "|"
+    threshold: float = 0.5
+
+    def target(self, record, name):
+        value = record.fields.get(name)
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(self.separator) if part.strip()]
+        if not isinstance(value, list) or not all(isinstance(label, str) and label.strip() for label in value):
+            raise ValueError(f"{record.where}: {name}={value!r} is not a list of labels")
+        return tuple(value)
+
+    def names(self, examples):
+        return label_names([label for example in examples for label in example.target], examples[0].where)
+
+    def label(self, example, known):
+        if example.target is None:
+            return None
+        given = {class_of(example, label, known) for label in example.target}
+        return [float(i in given) for i in range(len(known))]
+
+    def predict(self, examples, rows, scores, config):
+        for example, logits in zip(examples, scores, strict=True):
+            shares = {name: float(p) for name, p in zip(config.id2label, 1 / (1 + np.exp(-logits)), strict=True)}
+            labels = [name for name, p in shares.items() if p >= self.threshold]
+            yield texts_of(example) | {"labels": labels, "probabilities": shares, "logits": logits}
+
+    def measure(self, examples, predictions, config):
+        known = config.label2id
+        targets = np.array([self.label(example, known) for example in examples])
+        given = np.array([[name in p["labels"] for name in config.id2label] for p in predictions])
+        return metrics.multi_label(targets, given, config.id2label)
+
+    def line(self, prediction):
+        shares = prediction["probabilities"]
+        labels = ", ".join(f"{name} {shares[name]:.3f}" for name in prediction["labels"]) or "none"
+        return f"{labels}\t{read_again(prediction)}"
 
 
-def predict(
-    model: BertForSequenceClassification,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    *,
-    truncate: bool = False,
-    batch_size: int = 32,
-) -> Iterator[dict]:
-    """{"text", "label", "probability"} of every example, in order ("text_pair" too for pairs); for regression {"text",
-    "value"}.
+@dataclass(frozen=True, kw_only=True)
+class Regression(Classification):
+    """A number for a text or a pair, as similarity; Pearson's and Spearman's correlation."""
+
+    name = "regression"
+    metric = "pearson"
+    problem = "regression"
+    dtype = torch.float32
+
+    def target(self, record, name):
+        value = label_of(record, name)
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not np.isfinite(number):
+            raise ValueError(f"{record.where}: {name}={value!r} is not a number, which regression needs")
+        return number
+
+    def names(self, examples):
+        return ("value",)
+
+    def label(self, example, known):
+        return example.target
+
+    def predict(self, examples, rows, scores, config):
+        for example, value in zip(examples, scores, strict=True):
+            yield texts_of(example) | {"value": float(value[0])}
+
+    def measure(self, examples, predictions, config):
+        return metrics.regression([example.target for example in examples], [p["value"] for p in predictions])
+
+    def line(self, prediction):
+        return f"{prediction['value']:.4f}\t{read_again(prediction)}"
+
+
+def label_names(labels: Sequence[str], where: str) -> tuple[str, ...]:
+    """The distinct labels, numbers in their order, else alphabetical.
 
     Raises:
-        ValueError: a text is longer than the model's positions and `truncate` is false.
+        ValueError: fewer than two.
     """
-    ids, types = encode_texts(tokenizer, examples, model.config.max_position_embeddings, truncate)
-    logits = torch.from_numpy(scores(model, LabelledData(ids, types, None, batch_size=batch_size, seed=0)))
-    for example, row in zip(examples, logits, strict=True):
-        answer = dict(zip(("text", "text_pair"), example.texts, strict=False))
-        if kind_of(model) == "regression":
-            yield answer | {"value": float(row[0])}
-        else:
-            best = int(row.argmax())
-            yield answer | {"label": model.config.id2label[best], "probability": float(row.softmax(-1)[best])}
+    names = set(labels)
+    if len(names) < 2:
+        seen = f"every label is {names.pop()!r}" if names else "no example has a label"
+        raise ValueError(f"{where.rpartition(':')[0]}: {seen}: two classes are needed")
+    try:
+        return tuple(sorted(names, key=lambda name: (float(name), name)))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def class_of(example: Example, label: str, known: Mapping[str, int]) -> int:
+    if label not in known:
+        one_of(f"{example.where}: label", label, known)
+    return known[label]
+
+
+def check_length(ids: Sequence[int], limit: int, example: Example) -> Sequence[int]:
+    if len(ids) > limit:
+        raise ValueError(
+            f"{example.where}: the text has {len(ids)} tokens, the model takes {limit}: use --truncate"
+        )
+    return ids
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shares = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def texts_of(example: Example) -> dict[str, Any]:
+    """What a prediction repeats of its example."""
+    return dict(example.extra) | dict(zip(("text", "text_pair"), example.texts, strict=False))
+
+
+def read_again(prediction: Mapping[str, Any]) -> str:
+    return " | ".join(prediction[name] for name in ("text", "text_pair") if name in prediction)

@@ -71,6 +71,46 @@ def classification(labels, predictions, names: Sequence[str]) -> dict:
     return {"accuracy": accuracy(labels, predictions), **averages, "mcc": matthews(table), "per_class": per_class}
 
 
+def multi_label(targets, predictions, names: Sequence[str]) -> dict:
+    """Of labels of which an example may have any number.
+
+    Args:
+        targets, predictions: [N, L] 0 or 1.
+    Returns:
+        precision, recall and f1 over all pairs of example and label (micro), macro_f1, exact (the share of examples
+        with every label right), and per_class as `classification`. 0.0 where 0 / 0.
+    """
+    targets, predictions = np.asarray(targets, dtype=bool), np.asarray(predictions, dtype=bool)
+    if targets.ndim != 2 or targets.shape != predictions.shape or not len(targets):
+        raise ValueError(f"targets and predictions have shapes {list(targets.shape)} and {list(predictions.shape)}")
+    hits, given, there = (targets & predictions).sum(0), predictions.sum(0), targets.sum(0)
+    scores = np.stack([_ratio(hits, given), _ratio(hits, there), _ratio(2 * hits, given + there)])  # [3, L]
+    total = [np.array([value.sum()]) for value in (hits, given, there)]
+    words = ("precision", "recall", "f1")
+    micro = [_ratio(total[0], total[1]), _ratio(total[0], total[2]), _ratio(2 * total[0], total[1] + total[2])]
+    per_class = {
+        name: dict(zip(words, map(float, scores[:, i]), strict=True)) | {"support": int(there[i])}
+        for i, name in enumerate(names)
+    }
+    averages = {word: float(value[0]) for word, value in zip(words, micro, strict=True)}
+    exact = float((targets == predictions).all(1).mean())
+    return {**averages, "macro_f1": float(scores[2].mean()), "exact": exact, "per_class": per_class}
+
+
+def auroc(labels, scores) -> float:
+    """The probability that a true example scores above a false one, equal scores counting half; nan without both.
+
+    Args:
+        labels: [N] true or false. scores: [N] numbers.
+    """
+    labels, scores = _pair(labels, scores, np.float64)
+    true = labels > 0
+    n, m = int(true.sum()), int((~true).sum())
+    if not n or not m:
+        return float("nan")
+    return float((_ranks(scores)[true].sum() - n * (n + 1) / 2) / (n * m))
+
+
 def mse(targets, predictions) -> float:
     """Mean squared error."""
     targets, predictions = _pair(targets, predictions, np.float64)

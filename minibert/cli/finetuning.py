@@ -1,0 +1,344 @@
+"""Verbs on labelled text: finetune, evaluate, predict."""
+
+import dataclasses
+import json as jsonlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from ..data import PretrainingData
+from ..data.records import Record, Source, find_splits
+from ..data.tokenizer import Tokenizer
+from ..files import open_atomically, write_atomically
+from ..hub import load_config
+from ..tasks import (
+    TASKS,
+    Example,
+    Task,
+    draw_examples,
+    make_task,
+    pretraining,
+    read_examples,
+    split_examples,
+    task_of,
+)
+from ..tasks import evaluate as measure
+from ..tasks import predict as answer
+from ..tasks.base import CHUNK
+from ..tasks.finetune import finetune as fit
+from ..tasks.finetune import numbers
+from ..train import World, claim
+from .common import (
+    BadRecords,
+    check_backend,
+    check_causal,
+    check_fractions,
+    language_model,
+    load,
+    model_kind,
+    open_store,
+    pick,
+    print_json,
+    print_result,
+    resolve_device,
+    resolve_model,
+    save_options,
+    say,
+)
+from .flags import (
+    Accumulate,
+    Backend,
+    BatchSize,
+    Clip,
+    Decay,
+    Device,
+    Directory,
+    Dtype,
+    Json,
+    KeepLast,
+    LabelColumn,
+    LogEvery,
+    Lr,
+    OnBadRecord,
+    Options,
+    Out,
+    PairColumn,
+    Pickle,
+    Resume,
+    SaveEvery,
+    Seed,
+    Steps,
+    TextColumn,
+    Truncate,
+    Warmup,
+)
+
+TRAINING = "lr warmup weight_decay clip accumulate dtype save_every keep_last log_every"
+
+
+def finetune(
+    *,
+    out: Out,
+    init: Annotated[str, "directory with the pretrained weights and their tokenizer"],
+    task: Annotated[str, f"what to learn: {', '.join(TASKS)}"] = "classification",
+    option: Options = {},  # noqa: B006
+    data: Annotated[str | None, "a labelled file, or a folder of splits, as it was published: docs/finetuning.md"] = None,
+    train: Annotated[list[str], "labelled files to learn from"] = (),
+    valid: Annotated[list[str], "labelled files to choose the best checkpoint with"] = (),
+    test: Annotated[list[str], "labelled files to report at the end"] = (),
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    on_bad_record: OnBadRecord = "fail",
+    valid_fraction: Annotated[float, "share held out where no validation file is given"] = 0.1,
+    test_fraction: Annotated[float, "share held out to report, where no test file is given"] = 0.0,
+    max_train: Annotated[int | None, "learn from so many examples, drawn by the seed; None for all"] = None,
+    max_length: Annotated[int | None, "tokens of a text; by default what the model takes"] = None,
+    truncate: Truncate = False,
+    scratch: Annotated[bool, "take the architecture and tokenizer of --init, and new weights"] = False,
+    epochs: Annotated[float, "passes over the training examples, where --steps is not given"] = 3,
+    steps: Steps = None,
+    batch_size: BatchSize = 32,
+    lr: Lr = 5e-5,
+    warmup: Warmup = 0.1,
+    weight_decay: Decay = 0.01,
+    clip: Clip = 1.0,
+    accumulate: Accumulate = 1,
+    eval_every: Annotated[int | None, "steps between evaluations; by default one an epoch"] = None,
+    save_every: SaveEvery = None,
+    keep_last: KeepLast = 1,
+    log_every: LogEvery = 10,
+    seed: Seed = 0,
+    seeds: Annotated[int, "so many runs, with --seed and those after it: mean and standard deviation"] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    backend: Backend = "auto",
+    resume: Resume = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Fine-tune for a task: classes, intents, labels or a number of texts and pairs.
+
+    Example: minibert finetune --data reviews.csv --init runs/tiny --out runs/reviews
+    """
+    options = dict(locals())
+    check_fractions(valid_fraction=valid_fraction)
+    for name in ("max_train", "seeds"):
+        if options[name] is not None and options[name] <= 0:
+            raise ValueError(f"{name}={options[name]} is not positive")
+    World.current().check(accumulate)
+    options["device"] = resolve_device(device)
+    check_backend(backend, options["device"])
+    source, wanted = resolve_model(init), chosen_task(options)
+    results = []
+    for number in range(seeds):
+        here = Path(out) / f"seed-{seed + number}" if seeds > 1 else Path(out)
+        results.append(one_run(wanted, source, here, options | {"seed": seed + number}))
+    if seeds > 1 and World.current().leads:
+        report_seeds(results, Path(out), seed)
+
+
+def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dict[str, dict]:
+    """Fine-tune once; what the best checkpoint reaches, by split."""
+    parts = read_parts(task, options)
+    with claim(out, options["resume"]) as run:
+        save_options(run, "finetune", options)
+        say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
+        flags = pick(options, TRAINING + " seed device batch_size epochs steps eval_every scratch backend allow_pickle")
+        fit(task, {k: parts[k] for k in ("train", "valid")}, source, run, say=say, **flags)
+    return report_best(out, parts, options) if World.current().leads else {}
+
+
+def chosen_task(options: dict[str, Any]) -> Task:
+    """The task that the flags ask for; a flag that is not set leaves the task's own default."""
+    flags = pick(options, "text_column pair_column label_column max_length truncate")
+    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    return make_task(options["task"], **given | options["option"])
+
+
+def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
+    """Examples by split: train, valid, and test where there is one with labels."""
+    if (options["data"] is None) == (not options["train"]):
+        raise ValueError("give --data or --train, one of the two")
+    sources = find_splits(options["data"]) if options["data"] else {}
+    sources |= {split: find_splits(options[split])["train"] for split in ("train", "valid", "test") if options[split]}
+    bad, parts = BadRecords(options["on_bad_record"]), {}
+    for split, source in sources.items():
+        examples = list(read_examples(task, source.records(bad), bad))
+        if split == "test" and not options["test"] and examples and examples[0].target is None:
+            say(f"{source.paths[0]}: it has no labels: left out")
+            continue
+        check_labelled(examples, source)
+        parts[split] = examples
+    bad.summary()
+    for split, fraction in (("test", options["test_fraction"]), ("valid", options["valid_fraction"])):
+        if split not in parts and fraction:
+            parts["train"], parts[split] = split_examples(parts["train"], fraction, options["seed"])
+    if not parts["train"]:
+        raise ValueError(f"{sources['train'].paths[0]}: nothing is left to learn from beside the held-out examples")
+    parts["train"] = draw_examples(parts["train"], options["max_train"], options["seed"])
+    return parts
+
+
+def check_labelled(examples: list[Example], source: Source) -> None:
+    if not examples:
+        raise ValueError(f"{source.paths[0]}: it holds no rows")
+    bare = next((example for example in examples if example.target is None), None)
+    if bare is not None:
+        raise ValueError(f"{bare.where}: it has no label: name its column with --label-column")
+
+
+def report_best(out: Path, parts: dict[str, list[Example]], options: dict[str, Any]) -> dict[str, dict]:
+    """Print and keep what the best checkpoint reaches on the held-out examples, and on the test set."""
+    best = resolve_model(out)
+    network = load(model_kind(best, False), best, options["device"], options["backend"], False)
+    task, tokenizer, results = task_of(network), Tokenizer.from_pretrained(best), {}
+    for split in ("valid", "test"):
+        if split in parts:
+            results[split] = measure(task, network, tokenizer, parts[split])
+            print_result({"split": split, **results[split], "checkpoint": str(best)}, as_json=False)
+    write_atomically(out / "results.json", jsonlib.dumps(results, indent=2) + "\n")
+    return results
+
+
+def report_seeds(results: list[dict[str, dict]], out: Path, seed: int) -> None:
+    """Print and keep mean and standard deviation over the runs."""
+    table = {}
+    for split in results[0]:
+        for name in numbers(results[0][split]):
+            values = [result[split][name] for result in results]
+            table[f"{split} {name}"] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+    kept = {"seeds": [seed + number for number in range(len(results))], "numbers": table, "runs": results}
+    write_atomically(out / "seeds.json", jsonlib.dumps(kept, indent=2) + "\n")
+    print_result({"seeds": len(results), "mean and standard deviation": table}, as_json=False)
+
+
+def evaluate(
+    *,
+    model: Directory,
+    data: Annotated[list[str], "labelled files for a fine-tuned model; a token store or text for a pretrained one"],
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    on_bad_record: OnBadRecord = "fail",
+    truncate: Truncate = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    allow_pickle: Pickle = False,
+    json: Json = False,
+    objectives: Annotated[
+        list[str], "of a pretrained model; by default clm of a causal one, else mlm, and nsp where there is its head"
+    ] = [],  # noqa: B006
+) -> None:
+    """Measure a model on labelled examples, or a pretrained one on text.
+
+    Example: minibert evaluate --model runs/reviews --data test.csv --json
+    """
+    source, device = resolve_model(model), resolve_device(device)
+    tokenizer, kind = Tokenizer.from_pretrained(source), model_kind(source, allow_pickle)
+    if any(task.head is kind for task in TASKS.values()):
+        network = load(kind, source, device, backend, allow_pickle)
+        task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
+        found = find_splits(data[0] if len(data) == 1 else data)
+        labelled = found.get("test", found["train"])
+        examples = list(read_examples(task, labelled.records(bad), bad))
+        bad.summary()
+        check_labelled(examples, labelled)
+        task.encode(tokenizer, examples, network.config)  # a label that training never saw is named
+        result = measure(task, network, tokenizer, examples)
+    else:
+        network = load(language_model(load_config(source)), source, device, backend, allow_pickle)
+        if any(name.startswith("mlm.") for name in network.new_parameters):
+            raise ValueError(f"{source} has neither a task's head nor a masked-language-model head: nothing to evaluate")
+        result = evaluate_on_text(network, source, data, text_column or "text", seed, device, objectives)
+    print_result(result, json)
+
+
+def evaluate_on_text(
+    network, source: Path, data: list[str], text_column: str, seed: int, device: str, objectives: list[str]
+) -> dict:
+    """The numbers of the objectives, or of those that the model has heads for, on a token store or on text."""
+    pairs = not network.config.causal and not any(name.startswith("nsp.") for name in network.new_parameters)
+    chosen = objectives or (["clm"] if network.config.causal else ["mlm", "nsp"] if pairs else ["mlm"])
+    check_causal(network.config, chosen)
+    if not pairs and {"nsp", "sop"} & set(chosen):
+        raise ValueError(f"{source} has no head for pairs: leave nsp and sop out of the objectives")
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store(data, Path(folder) / "data", str(source), {"text_column": text_column})
+        length = min(128, network.config.max_position_embeddings)
+        if not objectives and "nsp" in chosen and store.num_documents < 2:
+            say("one document has no other to draw random pairs from: next-sentence prediction is left out")
+            chosen = ["mlm"]
+        samples = PretrainingData(store, store.tokenizer, seed=seed, max_length=length, objectives=chosen)
+        return pretraining.evaluate(network, samples.evaluation_batches(), device)
+
+
+def predict(
+    text: Annotated[list[str], "texts to read"],
+    /,
+    *,
+    model: Directory,
+    data: Annotated[list[str], "files of texts, instead of texts on the command line"] = (),
+    out: Annotated[str | None, "jsonl file to write to, instead of stdout"] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    on_bad_record: OnBadRecord = "fail",
+    truncate: Truncate = False,
+    device: Device = "auto",
+    backend: Backend = "auto",
+    allow_pickle: Pickle = False,
+    json: Json = False,
+) -> None:
+    """Say what a fine-tuned model makes of texts, one at a time or a file of millions.
+
+    Example: minibert predict --model runs/reviews "I love this product!"
+    """
+    if bool(text) == bool(data):
+        raise ValueError("give texts on the command line or --data, one of the two")
+    if out is not None and (Path(out).exists() or not Path(out).parent.is_dir()):
+        raise ValueError(f"--out {out}: expected a new file in a directory that exists")
+    source = resolve_model(model)
+    kind = model_kind(source, allow_pickle)
+    if not any(task.head is kind for task in TASKS.values()):
+        raise ValueError(f"{source} has no head of a task: fine-tune it first")
+    network = load(kind, source, resolve_device(device), backend, allow_pickle)
+    task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
+    if data:
+        records = find_splits(data[0] if len(data) == 1 else data)["train"].records(bad)
+    else:
+        records = (Record(f"text {number}", task.fields(one)) for number, one in enumerate(text, 1))
+    examples = read_examples(task, records, bad)
+    answers = answer(task, network, Tokenizer.from_pretrained(source), examples)
+    write_answers(map(printable, answers), task, out, json)
+    bad.summary()
+
+
+def with_flags(task: Task, flags: dict[str, Any]) -> Task:
+    """The model's task, with the columns and the truncation that are asked for here."""
+    names = [field.name for field in dataclasses.fields(task)]
+    columns = {name: flags.get(name) for name in ("text_column", "pair_column", "label_column") if name in names}
+    return dataclasses.replace(task, truncate=task.truncate or flags["truncate"], **columns)
+
+
+def printable(prediction: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in prediction.items() if not isinstance(value, np.ndarray)}
+
+
+def write_answers(answers: Iterable[dict[str, Any]], task: Task, out: str | None, as_json: bool) -> None:
+    """One line an answer as they come, on stdout or as jsonl in `out`; or one object on stdout."""
+    if out is not None:
+        with open_atomically(Path(out)) as file:
+            count = 0
+            for count, one in enumerate(answers, 1):
+                file.write(jsonlib.dumps(one, ensure_ascii=False) + "\n")
+                if count % CHUNK == 0:
+                    say(f"{count:,} answers", end="\r")
+        say(f"{count:,} answers in {out}")
+    elif as_json:
+        print_json({"predictions": list(answers)})
+    else:
+        for one in answers:
+            print(task.line(one))

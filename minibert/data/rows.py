@@ -1,0 +1,92 @@
+"""Rows of tokens for fine-tuning, and the stream of packed batches that is made of them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import Batch, pack
+from .packing import permute
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence for the model.
+
+    ids, types: token ids and their types, of one length.
+    at: positions of the tokens whose states a head reads: words, entities, sentences. tags: one class for each of them.
+    label: of the sequence, in the form that its head's labels have.
+    example: the number of the example that it was made of.
+    """
+
+    ids: Sequence[int]
+    types: Sequence[int]
+    at: Sequence[int] = ()
+    label: Any = None
+    tags: Sequence[int] = ()
+    example: int = 0
+
+
+class RowData:
+    """An endless stream of shuffled, packed batches; its state is one integer, the number of units drawn.
+
+    Args:
+        rows: N rows; `together` neighbours are a unit, drawn as one: the choices of a question, the texts of a pair.
+        batch_size: units of a batch.
+        dtype: of the labels; float32 for numbers.
+    Raises:
+        ValueError: batch_size is not positive.
+    """
+
+    def __init__(self, rows: Sequence[Row], *, batch_size: int, seed: int, together: int = 1, dtype=torch.int64):
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not positive")
+        self.rows, self.batch_size, self.seed, self.together, self.dtype = rows, batch_size, seed, together, dtype
+
+    def __len__(self) -> int:
+        return len(self.rows) // self.together
+
+    def next_batch(self, cursor: int) -> tuple[Batch, int]:
+        """The batch at `cursor` and the cursor after it; the last batch of an epoch may be smaller."""
+        epoch, start = divmod(cursor, len(self))
+        end, k = self.skip(cursor), self.together
+        units = permute(self.seed, np.full(end - cursor, epoch), np.arange(start, start + end - cursor), len(self))
+        rows = [self.rows[unit * k + i] for unit in units.tolist() for i in range(k)]
+        return collate(rows, range(cursor * k, end * k), self.dtype), end
+
+    def skip(self, cursor: int) -> int:
+        """The cursor behind the batch that begins at `cursor`, without making it."""
+        return min(cursor + self.batch_size, cursor - cursor % len(self) + len(self))
+
+
+def in_order(rows: Sequence[Row], batch_tokens: int, together: int = 1) -> Iterator[tuple[list[int], Batch]]:
+    """Every row once, unlabelled: (row numbers, batch). Shortest first, as many as have `batch_tokens` tokens."""
+    units = [range(first, first + together) for first in range(0, len(rows), together)]
+    size: Callable[[range], int] = lambda unit: sum(len(rows[i].ids) for i in unit)  # noqa: E731
+    batch, tokens = [], 0
+    for unit in sorted(units, key=size):
+        if batch and tokens + size(unit) > batch_tokens:
+            yield batch, collate([rows[i] for i in batch], batch, labelled=False)
+            batch, tokens = [], 0
+        batch, tokens = batch + list(unit), tokens + size(unit)
+    if batch:
+        yield batch, collate([rows[i] for i in batch], batch, labelled=False)
+
+
+def collate(rows: Sequence[Row], seq_ids: Sequence[int], dtype=torch.int64, *, labelled: bool = True) -> Batch:
+    """Lay rows end to end, with what their heads read and learn. Rows without a label among those with one have none
+    in the batch either: the first choice stands for its question."""
+    targets: dict[str, Tensor] = {}
+    if any(len(row.at) for row in rows):
+        starts = np.cumsum([0, *(len(row.ids) for row in rows)])
+        at = [np.asarray(row.at, dtype=np.int64) + start for row, start in zip(rows, starts, strict=False)]
+        targets["token_rows"] = torch.from_numpy(np.concatenate(at))
+    if labelled and (labels := [row.label for row in rows if row.label is not None]):
+        targets["labels"] = torch.as_tensor(np.asarray(labels), dtype=dtype)
+    if labelled and any(len(row.tags) for row in rows):
+        tags = np.concatenate([np.asarray(row.tags, dtype=np.int64) for row in rows])
+        targets["token_labels"] = torch.from_numpy(tags)
+    return pack([row.ids for row in rows], [row.types for row in rows], seq_ids=seq_ids, **targets)

@@ -1,0 +1,215 @@
+"""What a fine-tuning task is: records become examples, examples rows of tokens, scores predictions, predictions numbers.
+
+A task is one file and one line of the table `TASKS`. Nothing here knows any of them.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minibert_kernels.philox import fold, uniform
+
+from ..batch import Batch
+from ..config import BertConfig, refuse_unknown
+from ..data.records import Record, refuse
+from ..data.rows import Row, in_order
+from ..data.tokenizer import Tokenizer
+
+CHUNK = 4096  # examples that are predicted at once: enough to sort by length, little to hold
+BATCH_TOKENS = 8192  # of a batch that is predicted
+SPLIT, DRAW = 0x59117, 0x11317  # keys of what is drawn
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record as its task understands it.
+
+    texts: what the model reads. target: what it is to say, None where nobody said. where: `file:line`, for errors.
+    group: examples of one group are never split up. extra: what a prediction repeats, as an id.
+    """
+
+    texts: tuple[str, ...]
+    target: Any = None
+    where: str = ""
+    group: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The fields of a subclass are its options; they are kept in the model's config, as `task_specific_params`.
+
+    name: the key in `TASKS`. head: its model class. metric: the number of `measure` that decides which checkpoint is
+    the best, mode whether `higher` or `lower` is better. together: rows that are a unit, see `RowData`. reads: what
+    there is a score for, each `sequence`, each of the positions `at`, or each `token`. dtype: of the labels.
+    max_length: tokens of a row, None for as many as the model takes. truncate: cut what is longer; else it is an error.
+    """
+
+    name: ClassVar[str]
+    head: ClassVar[type[nn.Module]]
+    metric: ClassVar[str]
+    mode: ClassVar[str] = "higher"
+    together: ClassVar[int] = 1
+    reads: ClassVar[str] = "sequence"
+    dtype: ClassVar[torch.dtype] = torch.int64
+
+    max_length: int | None = None
+    truncate: bool = False
+
+    def __post_init__(self):
+        if self.max_length is not None and (not isinstance(self.max_length, int) or self.max_length < 3):
+            raise ValueError(f"max_length={self.max_length!r} is not a whole number from 3")
+
+    @classmethod
+    def make(cls, options: Mapping[str, Any]) -> "Task":
+        """The task with these options; one it does not have is a ValueError that offers the nearest."""
+        refuse_unknown(options, cls, f"{cls.name} option")
+        return cls(**options)
+
+    def example(self, record: Record) -> Example:
+        """Raises ValueError, naming file, line and field, where the record is not one of this task's."""
+        raise NotImplementedError
+
+    def fields(self, text: str) -> dict[str, Any]:
+        """What a record would hold of which only this text is known."""
+        return {"text": text}
+
+    def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
+        """The labels there are, the model's `id2label`."""
+        raise NotImplementedError
+
+    def config(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """The fields of `BertConfig` that the head needs, known from the examples it learns from."""
+        return {"id2label": self.names(examples), **self.kept()}
+
+    def kept(self) -> dict[str, Any]:
+        """The fields of `BertConfig` from which `task_of` makes this task again."""
+        return {"finetuning_task": self.name, "task_specific_params": dataclasses.asdict(self)}
+
+    def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
+        """The rows of examples, in their order, labelled where the examples are.
+
+        Raises:
+            ValueError: a text is too long or a target is none of `config`'s; the message names file and line.
+        """
+        raise NotImplementedError
+
+    def parts(self, batch: Batch) -> dict[str, int]:
+        """The losses of the head and over how many things each is a mean, see `train`."""
+        return {"loss": batch.num_sequences // self.together}
+
+    def scores(self, output) -> Tensor:
+        """What a prediction is made of: [sequences, …], [positions, …] or [tokens, …], as `reads` says."""
+        return output.logits
+
+    def predict(
+        self, examples: Sequence[Example], rows: Sequence[Row], scores: Sequence[np.ndarray], config: BertConfig
+    ) -> Iterator[dict[str, Any]]:
+        """One prediction an example; what is in it in JSON's types can be printed, NumPy arrays are for `measure`."""
+        raise NotImplementedError
+
+    def measure(
+        self, examples: Sequence[Example], predictions: Sequence[dict[str, Any]], config: BertConfig
+    ) -> dict[str, Any]:
+        """Numbers; a dictionary of dictionaries is a table."""
+        raise NotImplementedError
+
+    def fitted(self, examples: Sequence[Example], predictions: Sequence[dict[str, Any]], config: BertConfig) -> "Task":
+        """The task with what is learned from held-out predictions beside the weights, as a threshold."""
+        return self
+
+    def line(self, prediction: Mapping[str, Any]) -> str:
+        """A prediction as a person reads it."""
+        raise NotImplementedError
+
+    def limit(self, config: BertConfig) -> int:
+        """Tokens of a row."""
+        return min(self.max_length or config.max_position_embeddings, config.max_position_embeddings)
+
+
+def read_examples(
+    task: Task, records: Iterable[Record], bad: Callable[[ValueError], None] = refuse
+) -> Iterator[Example]:
+    """The examples of records; `bad` gets the error of each that is none, and may let it pass."""
+    for record in records:
+        try:
+            yield task.example(record)
+        except ValueError as error:
+            bad(error)
+
+
+@torch.no_grad()
+def score(task: Task, model: nn.Module, rows: Sequence[Row]) -> list[np.ndarray]:
+    """The scores of every row, float32, in the order of the rows."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    result: list[np.ndarray] = [np.empty(0)] * len(rows)
+    for numbers, batch in in_order(rows, BATCH_TOKENS, task.together):
+        scores = task.scores(model(batch.to(device))).float().cpu().numpy()
+        sizes = {"sequence": [1] * len(numbers), "at": [len(rows[i].at) for i in numbers], "token": batch.lengths}
+        for number, part in zip(numbers, np.split(scores, np.cumsum(sizes[task.reads])[:-1]), strict=True):
+            result[number] = part[0] if task.reads == "sequence" else part
+    model.train(was_training)
+    return result
+
+
+def predict(
+    task: Task, model: nn.Module, tokenizer: Tokenizer, examples: Iterable[Example]
+) -> Iterator[dict[str, Any]]:
+    """The prediction for each example, in order; so many examples as are sorted together are held at a time.
+
+    Raises:
+        ValueError: see `Task.encode`.
+    """
+    examples = iter(examples)
+    while chunk := list(itertools.islice(examples, CHUNK)):
+        rows = task.encode(tokenizer, chunk, model.config)
+        yield from task.predict(chunk, rows, score(task, model, rows), model.config)
+
+
+def evaluate(
+    task: Task, model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], *, fit: bool = False
+) -> dict[str, Any]:
+    """What the task measures on labelled examples; `fit` lets it learn thresholds of them first, which the model keeps."""
+    predictions = list(predict(task, model, tokenizer, examples))
+    if fit:
+        task = task.fitted(examples, predictions, model.config)
+        model.config = model.config.replace(**task.kept())
+    return task.measure(examples, predictions, model.config)
+
+
+def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Two disjoint parts, the second with `fraction` of every label's examples; a pure function of the seed.
+
+    Each label that has two examples has one in both parts; a single one stays in the first. Where examples have a
+    group, or nearly as many targets as there are examples, whole groups are drawn instead.
+    """
+    units: dict[Any, list[int]] = {}
+    for index, example in enumerate(examples):
+        units.setdefault(index if example.group is None else example.group, []).append(index)
+    kinds: dict[Any, list[list[int]]] = {}
+    for unit in units.values():
+        target = examples[unit[0]].target
+        kinds.setdefault(target if len(unit) == 1 and isinstance(target, str) else None, []).append(unit)
+    few = len(kinds) > len(examples) // 4  # as many labels as a regression target has: draw over all
+    held: set[int] = set()
+    for kind in [list(units.values())] if few else list(kinds.values()):
+        firsts = np.array([unit[0] for unit in kind], dtype=np.int64)
+        order = np.argsort(uniform(fold(seed, SPLIT), firsts), kind="stable")
+        chosen = order[: min(max(1, round(fraction * len(kind))), len(kind) - 1)]
+        held.update(index for i in chosen for index in kind[i])
+    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
+
+
+def draw_examples(examples: Sequence[Example], count: int | None, seed: int) -> list[Example]:
+    """`count` of them, in their order; all where None or fewer."""
+    if count is None or count >= len(examples):
+        return list(examples)
+    order = np.argsort(uniform(fold(seed, DRAW), np.arange(len(examples))), kind="stable")
+    return [examples[i] for i in sorted(order[:count])]

@@ -1,0 +1,101 @@
+"""From examples and pretrained weights to a run directory with the best checkpoint."""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.rows import Row, RowData
+from ..data.tokenizer import Tokenizer
+from ..train import Result, Run, TrainConfig, train
+from .base import Example, Task, evaluate
+
+
+def finetune(
+    task: Task,
+    parts: Mapping[str, Sequence[Example]],
+    init: Path | str,
+    run_dir: Path | str | Run,
+    *,
+    batch_size: int = 32,
+    epochs: float = 3,
+    steps: int | None = None,
+    eval_every: int | None = None,
+    scratch: bool = False,
+    backend: str = "auto",
+    allow_pickle: bool = False,
+    resume: bool = False,
+    say=lambda text: None,
+    **training: Any,
+) -> Result:
+    """Fine-tune the weights of `init` on `parts["train"]`; the checkpoint that does best on `parts["valid"]` is kept.
+
+    Args:
+        parts: labelled examples by split, see `read_examples` and `split_examples`.
+        init: a Hugging Face directory, or a checkpoint of a run, with its tokenizer.
+        batch_size: examples of a micro-batch. epochs: passes over the examples, where `steps` is None.
+        eval_every: steps between evaluations, None for one an epoch.
+        scratch: take architecture and tokenizer of `init`, and draw new weights.
+        training: other fields of `TrainConfig`.
+    Raises:
+        ValueError: an option, an example or the weights do not fit; or see `train`.
+    """
+    for name, value in (("batch_size", batch_size), ("epochs", epochs)):
+        if value <= 0:
+            raise ValueError(f"{name}={value} is not positive")
+    seed = training.get("seed", 0)
+    network, tokenizer = new_model(task, parts["train"], init, seed, scratch, backend, allow_pickle)
+    say(f"new parameters: {'all' if scratch else ', '.join(network.new_parameters) or 'none'}")
+    encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}
+    rows = learnable(encoded["train"], task)
+    data = RowData(rows, batch_size=batch_size, seed=seed, together=task.together, dtype=task.dtype)
+    epoch = max(1, math.ceil(len(data) / batch_size / training.get("accumulate", 1)))
+    config = TrainConfig(
+        **training,
+        steps=max(1, round(epochs * epoch)) if steps is None else steps,
+        eval_every=epoch if eval_every is None else eval_every,
+        best_metric=task.metric,
+        best_mode=task.mode,
+    )
+    settings = {"task": task.kept(), "batch_size": batch_size, "backend": backend, "scratch": scratch}
+    settings["examples"] = {split: len(examples) for split, examples in parts.items()}
+    settings["data"] = {split: rows_hash(part) for split, part in encoded.items()}
+    check = lambda model, limit: numbers(evaluate(task, model, tokenizer, parts["valid"], fit=True))  # noqa: E731
+    return train(network, data, check, config, run_dir, tokenizer, resume, parts=task.parts, settings=settings)
+
+
+def new_model(
+    task: Task, examples: Sequence[Example], init, seed: int, scratch: bool, backend: str, allow_pickle: bool
+) -> tuple[nn.Module, Tokenizer]:
+    """The task's head on the weights of `init`, or on new ones, and the tokenizer there."""
+    torch.manual_seed(seed)
+    changes = task.config(examples)
+    network = task.head.from_pretrained(init, backend=backend, allow_pickle=allow_pickle, **changes)
+    if scratch:
+        torch.manual_seed(seed)
+        network = task.head(network.config, backend=backend)
+    return network, Tokenizer.from_pretrained(init)
+
+
+def learnable(rows: Sequence[Row], task: Task) -> list[Row]:
+    """The rows that teach something: those with a label or tags, and what belongs together with them."""
+    if task.together > 1:
+        return list(rows)
+    return [row for row in rows if row.label is not None or len(row.tags)]
+
+
+def rows_hash(rows: Sequence[Row]) -> str:
+    """SHA-256 of the rows: what a resumed run must find again."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((list(row.ids), list(row.types), list(row.at), row.label, list(row.tags))).encode())
+    return digest.hexdigest()
+
+
+def numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among what was measured, without the tables."""
+    return {name: float(value) for name, value in result.items() if isinstance(value, int | float)}
