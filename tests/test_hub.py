@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 from small import build, packed, padded, small_config, with_ends
 
 from minibert.config import BertConfig
-from minibert.hub import ARCHITECTURES, WEIGHTS, architecture, hf_state, load_config, load_into, load_state, stored_names
+from minibert.hub import (
+    ARCHITECTURES,
+    WEIGHTS,
+    architecture,
+    hf_state,
+    load_config,
+    load_into,
+    load_state,
+    stored_names,
+)
 from minibert.model import (
     MODELS,
     NORMS,
