@@ -24,7 +24,10 @@ class Batch:
         causal model, what comes next.
     nsp_labels: [B] int64, 0 where B follows A, 1 where it is random (Hugging Face's order).
     sop_labels: [B] int64, 0 where B follows A, 1 where A follows B.
-    labels: [B] int64 classes, [B] float targets (regression) or [B, num_labels] float (multi-label).
+    labels: [B] int64 classes, [B] float targets (regression), [B, num_labels] float (multi-label), [B, 2] int64 first
+        and last token of an answer, counted within its sequence, or, where B is Q questions of as many choices each,
+        [Q] int64 right choices.
+    token_rows, token_labels: [N] int64, the rows whose states a head reads, and the class of each, -100 for none.
     """
 
     input_ids: Tensor
@@ -38,6 +41,8 @@ class Batch:
     nsp_labels: Tensor | None = None
     sop_labels: Tensor | None = None
     labels: Tensor | None = None
+    token_rows: Tensor | None = None
+    token_labels: Tensor | None = None
 
     def __post_init__(self):
         # plain integers, so that a compiled model is not bound to these very lengths
@@ -85,7 +90,7 @@ def pack(
         sequences: B lists or arrays of ids; an empty one is allowed.
         token_type_ids: the same shape, or None for all zero.
         seq_ids: B integers that name the sequences; 0, 1, 2, … where None.
-        targets: mlm_rows, mlm_labels, nsp_labels, sop_labels or labels, passed through.
+        targets: mlm_rows, mlm_labels, nsp_labels, sop_labels, labels, token_rows or token_labels, passed through.
     Raises:
         ValueError: token_type_ids or seq_ids do not fit the sequences.
     """

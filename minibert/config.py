@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,6 +21,8 @@ class BertConfig:
     The slots `norm`, `ffn`, `position` and `block` name an entry of the tables `NORMS`, `FFNS`, `POSITIONS` and
     `BLOCKS` in `minibert.model`; entries added there by other code are accepted too. With `causal`, a token sees none
     that comes after it: Hugging Face's is_decoder, without cross-attention.
+    `finetuning_task` names what a head was trained for; `task_specific_params` are that task's options and what it
+    learned beside the weights, kept as JSON gives them back (a tuple is a list).
     Raises ValueError, naming field, value and what is expected.
     """
 
@@ -45,6 +48,8 @@ class BertConfig:
     block: str = "post"
     id2label: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     problem_type: ProblemType | None = None
+    finetuning_task: str | None = None
+    task_specific_params: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self):
         positive = (
@@ -80,6 +85,10 @@ class BertConfig:
         if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
             raise ValueError(f"id2label={self.id2label!r} is not a list of distinct names")
         object.__setattr__(self, "id2label", labels)
+        if self.finetuning_task is not None and not (isinstance(self.finetuning_task, str) and self.finetuning_task):
+            raise ValueError(f"finetuning_task={self.finetuning_task!r} is not a name")
+        if self.task_specific_params is not None:
+            object.__setattr__(self, "task_specific_params", _as_json(self.task_specific_params))
 
     @property
     def head_size(self) -> int:
@@ -106,6 +115,17 @@ class BertConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"id2label": list(self.id2label)}
+
+
+def _as_json(params: Any) -> dict[str, Any]:
+    """A copy of `params` as it comes back from a file."""
+    try:
+        copy = json.loads(json.dumps(params, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"task_specific_params holds what JSON cannot ({error})") from None
+    if not isinstance(copy, dict):
+        raise ValueError(f"task_specific_params={params!r} is not an object of names and values")
+    return copy
 
 
 def _sizes(layers: int, hidden: int) -> dict[str, int]:

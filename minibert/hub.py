@@ -7,6 +7,7 @@ verifies wherever it is there.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,24 @@ DECODER, WORD = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddin
 # Hugging Face names the decoder's bias twice; where nothing is tied these are two tensors, and it adds the first
 DECODER_BIAS, BIAS = "cls.predictions.decoder.bias", "cls.predictions.bias"
 # what a model may leave unread, or start afresh, as a whole
-HEADS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
+HEADS = (
+    "bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "intent_classifier.", "qa_outputs.",
+)  # fmt: skip
+# the heads that make a directory one of these, beside the encoder
+ARCHITECTURES = {
+    "BertModel": (),
+    "BertForSentenceEmbedding": (),
+    "BertForMaskedLM": ("cls.predictions.",),
+    "BertForPreTraining": ("cls.predictions.", "cls.seq_relationship."),
+    "BertForSequenceClassification": ("classifier.",),
+    "BertForTokenClassification": ("classifier.",),
+    "BertForQuestionAnswering": ("qa_outputs.",),
+    "BertForMultipleChoice": ("classifier.",),
+    "BertForRelationExtraction": ("classifier.",),
+    "BertForJointClassification": ("classifier.", "intent_classifier."),
+}
+# which labels a head is as wide as: when they are changed, a head of another width starts afresh
+WIDTHS = {"classifier.": "id2label", "intent_classifier.": "task_specific_params"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 SLOTS = {"norm": "layernorm", "ffn": "mlp", "position": "learned", "block": "post"}  # as Hugging Face's BERT has them
 
@@ -59,7 +77,8 @@ def from_pretrained(
         config_changes: fields of `BertConfig`; `num_labels=n` is short for n unnamed labels.
     Returns:
         The model. `model.new_parameters` names the parameters of heads that the directory does not have: they are
-        freshly initialised. A bare encoder gets no pooler where none is stored.
+        freshly initialised. Several tasks call their head `classifier`: where `config.json` says that it is another
+        task's, it counts as one that the directory does not have. A bare encoder gets no pooler where none is stored.
     Raises:
         ValueError: not a checkpoint, damaged, or keys that do not fit; every one of them is listed.
     """
@@ -67,18 +86,19 @@ def from_pretrained(
     if "num_labels" in config_changes:
         config_changes["id2label"] = tuple(f"LABEL_{i}" for i in range(config_changes.pop("num_labels")))
     config = load_config(directory).replace(**config_changes)
-    stored = canonical(load_state(directory, allow_pickle), directory)
+    stored = stored_for(cls.objective, directory, allow_pickle)
     if config.tie_word_embeddings and apart(stored):
         config = config.replace(tie_word_embeddings=False)  # stored apart and different: what is stored wins
     bare = cls.objective == "BertModel" and not any(name.startswith("bert.pooler.") for name in stored)
     model = cls(config, backend=backend, **{"add_pooler": False} if bare else {})
-    model.new_parameters = load_state_into(model, stored, directory, fresh_labels="id2label" in config_changes)
+    renewed = [head for head, labels in WIDTHS.items() if labels in config_changes]
+    model.new_parameters = load_state_into(model, stored, directory, renewed)
     return model.eval()
 
 
 def load_into(model: nn.Module, directory, *, allow_pickle: bool = False) -> None:
     """Load every parameter of `model` from `directory`; unlike `from_pretrained`, no head may be missing."""
-    stored = canonical(load_state(Path(directory), allow_pickle), directory)
+    stored = stored_for(model.objective, directory, allow_pickle)
     fresh = load_state_into(model, stored, directory)
     if fresh:
         raise ValueError(f"{directory}: missing {', '.join(fresh)}")
@@ -90,6 +110,14 @@ def load_config(directory) -> BertConfig:
     Raises:
         ValueError: no such file, broken JSON, another architecture, or values that `BertConfig` refuses.
     """
+    raw = _load_json(directory)
+    try:
+        return _read_config(raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(directory) / 'config.json'}: {error}") from None
+
+
+def _load_json(directory) -> dict[str, Any]:
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint: it has no config.json")
@@ -99,10 +127,13 @@ def load_config(directory) -> BertConfig:
         raise ValueError(f"{path}: broken JSON ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(raw).__name__}")
-    try:
-        return _read_config(raw)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    return raw
+
+
+def _named(directory) -> list[str]:
+    """The classes of ours that `config.json` names."""
+    names = _load_json(directory).get("architectures")
+    return [name for name in names if name in list(ARCHITECTURES)] if isinstance(names, list) else []
 
 
 def _read_config(raw: dict) -> BertConfig:
@@ -183,15 +214,20 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged or not a safetensors file ({error})") from None
 
 
-def _load_shards(directory: Path) -> dict[str, Tensor]:
-    path = directory / INDEX
+def _load_index(path: Path) -> dict[str, str]:
+    """The file of each tensor."""
     try:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(where.values()))
+        sorted(set(where.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: expected an object with a weight_map ({error})") from None
-    state = {}
-    for name in files:
+    return where
+
+
+def _load_shards(directory: Path) -> dict[str, Tensor]:
+    path, state = directory / INDEX, {}
+    where = _load_index(path)
+    for name in sorted(set(where.values())):
         if not isinstance(name, str) or Path(name).name != name or (directory / name).is_symlink():
             raise ValueError(f"{path}: {name!r} is not the name of a file in this directory")
         if not (directory / name).is_file():
@@ -242,14 +278,40 @@ def apart(state: dict[str, Tensor]) -> bool:
     return DECODER in state and not (WORD in state and torch.equal(state[DECODER], state[WORD]))
 
 
+def stored_names(directory, allow_pickle: bool = False) -> list[str]:
+    """The names in a directory's weights; of safetensors only the header is read, or the index of shards."""
+    directory = Path(directory)
+    if (directory / WEIGHTS).is_file():
+        try:
+            with safetensors.safe_open(directory / WEIGHTS, "pt") as file:
+                return list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{directory / WEIGHTS}: damaged or not a safetensors file ({error})") from None
+    if (directory / INDEX).is_file():
+        return list(_load_index(directory / INDEX))
+    return list(load_state(directory, allow_pickle))
+
+
 def architecture(directory, allow_pickle: bool = False) -> str:
-    """The Hugging Face class with the most heads that a directory has weights for."""
-    names = canonical(load_state(directory, allow_pickle), directory)
+    """The class that `config.json` names, where its heads are stored, or else the one with the most heads that are."""
+    names = stored_names(directory, allow_pickle)
+    for kind in _named(directory):
+        if all(any(name.startswith(head) for name in names) for head in ARCHITECTURES[kind]):
+            return kind
     if "classifier.weight" in names:
         return "BertForSequenceClassification"
     if "cls.seq_relationship.weight" in names:
         return "BertForPreTraining"
     return "BertForMaskedLM" if any(name.startswith("cls.predictions.") for name in names) else "BertModel"
+
+
+def stored_for(objective: str, directory, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The canonical tensors of a directory, without a `classifier` that `config.json` says is of another class."""
+    stored = canonical(load_state(directory, allow_pickle), directory)
+    owners = [kind for kind in _named(directory) if "classifier." in ARCHITECTURES[kind]]
+    if owners and objective not in owners:
+        stored = {name: value for name, value in stored.items() if not name.startswith("classifier.")}
+    return stored
 
 
 def hf_names(name: str) -> tuple[str, ...]:
@@ -270,11 +332,11 @@ def head_of(name: str) -> str | None:
 
 
 def load_state_into(
-    model: nn.Module, stored: dict[str, Tensor], directory, fresh_labels: bool = False
+    model: nn.Module, stored: dict[str, Tensor], directory, renewed: Collection[str] = ()
 ) -> tuple[str, ...]:
     """Copy canonical tensors into `model`; returns the names of parameters in heads that are not stored at all.
 
-    `fresh_labels`: a classifier of another width counts as not stored.
+    `renewed`: heads that, where they have another width, count as not stored.
     """
     wanted = {ours: hf_names(_under_bert(ours)) for ours, _ in model.named_parameters()}
     state, fresh, problems, read = dict(model.named_parameters()), [], [], set()
@@ -291,7 +353,7 @@ def load_state_into(
             continue
         expected = state[ours].detach().chunk(len(names))
         wrong = [(name, part) for name, part in zip(names, expected, strict=True) if stored[name].shape != part.shape]
-        if wrong and fresh_labels and head == "classifier.":
+        if wrong and head in renewed:
             fresh.append(ours)
         elif wrong:
             problems += [f"mis-shaped {n}: {list(stored[n].shape)}, expected {list(part.shape)}" for n, part in wrong]
@@ -323,6 +385,11 @@ def hf_config(config: BertConfig, architecture: str) -> dict[str, Any]:
     values = config.to_dict()
     slots = {name: values.pop(name) for name in SLOTS}
     labels = values.pop("id2label")
+    for name in ("finetuning_task", "task_specific_params"):
+        if values[name] is None:
+            del values[name]
+    if architecture == "BertForSentenceEmbedding":
+        architecture = "BertModel"  # it has no weights of its own, and others load it by this name
     if values.pop("causal"):
         values["is_decoder"] = True
         architecture = "BertLMHeadModel" if architecture == "BertForMaskedLM" else architecture

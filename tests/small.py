@@ -1,8 +1,10 @@
 """A model small enough for a test, with sizes that no two axes share, and batches for it."""
 
+import dataclasses
+
 import torch
 
-from minibert.batch import IGNORE, pack_padded
+from minibert.batch import IGNORE, Batch, pack_padded
 from minibert.config import BertConfig
 
 SIZES = {
@@ -14,6 +16,7 @@ SIZES = {
     "max_position_embeddings": 19,
 }
 LENGTHS = (7, 1, 5, 3, 7)
+REQUIRED = {"BertForJointClassification": {"task_specific_params": {"intents": ["ask", "tell", "go", "stay"]}}}
 
 
 def small_config(**changes) -> BertConfig:
@@ -24,7 +27,7 @@ def small_config(**changes) -> BertConfig:
 def build(kind, seed: int = 0, *, train: bool = False, backend: str = "auto", **changes):
     """A model of the class `kind` with random biases too; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = kind(small_config(**changes), backend=backend)
+    model = kind(small_config(**REQUIRED.get(kind.objective, {}) | changes), backend=backend)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -54,6 +57,12 @@ def mlm_labels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def packed(inputs: dict[str, torch.Tensor]):
     return pack_padded(**inputs)[0]
+
+
+def with_ends(batch: Batch) -> Batch:
+    """The batch with the first and the last token of each sequence as `token_rows`."""
+    cu_seqlens = batch.cu_seqlens.long()
+    return dataclasses.replace(batch, token_rows=torch.stack([cu_seqlens[:-1], cu_seqlens[1:] - 1], 1).flatten())
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

@@ -9,16 +9,29 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import build, packed, padded, small_config
+from small import build, packed, padded, small_config, with_ends
 
 from minibert.config import BertConfig
-from minibert.hub import WEIGHTS, hf_state, load_config, load_into, load_state
+from minibert.hub import (
+    ARCHITECTURES,
+    WEIGHTS,
+    architecture,
+    hf_state,
+    load_config,
+    load_into,
+    load_state,
+    stored_names,
+)
 from minibert.model import (
     MODELS,
     NORMS,
+    BertForJointClassification,
     BertForMaskedLM,
     BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSentenceEmbedding,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
 )
 
@@ -71,12 +84,13 @@ def saved(tmp_path, trained):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", [True, False])
 def test_what_is_saved_loads_bit_for_bit(tmp_path, kind, tie):
-    model = build(kind, tie_word_embeddings=tie, id2label=("no", "yes", "maybe"), classifier_dropout=0.2)
+    labels = ("no", "yes") if kind is BertForQuestionAnswering else ("no", "yes", "maybe")
+    model = build(kind, tie_word_embeddings=tie, id2label=labels, classifier_dropout=0.2, finetuning_task="x")
     model.save_pretrained(tmp_path / "new" / "place")
     loaded = kind.from_pretrained(str(tmp_path / "new" / "place"))
     assert equal(model, loaded) and loaded.config == model.config
     assert loaded.new_parameters == () and not loaded.training
-    batch = packed(padded())
+    batch = with_ends(packed(padded()))
     for a, b in zip(loaded(batch).to_tuple(), model(batch).to_tuple(), strict=True):
         assert torch.equal(a, b)
 
@@ -262,6 +276,102 @@ def test_another_number_of_labels_makes_the_classifier_new(tmp_path):
     assert same.new_parameters == () and equal(same, model) and same.config.id2label == ("x", "y", "z")
     assert load(tmp_path).config.id2label == ("a", "b", "c")
     refused(lambda: load(tmp_path, num_label=5), "unknown config key 'num_label'")
+
+
+def test_every_model_says_which_heads_make_it():
+    assert set(ARCHITECTURES) == set(MODELS)
+    for name, kind in MODELS.items():
+        stored = hf_state(build(kind))
+        assert all(any(key.startswith(head) for key in stored) for head in ARCHITECTURES[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_says_which_class_it_is(tmp_path, kind):
+    build(kind).save_pretrained(tmp_path)
+    expected = "BertModel" if kind is BertForSentenceEmbedding else kind.objective
+    assert architecture(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        (["BertForTokenClassification"], "BertForTokenClassification"),
+        (["Other", "BertForMultipleChoice"], "BertForMultipleChoice"),
+        (["BertForQuestionAnswering"], "BertForSequenceClassification"),  # its head is not stored
+        (["BertForJointClassification"], "BertForSequenceClassification"),  # the half of it
+        (["BertModel"], "BertModel"),
+        (["Other"], "BertForSequenceClassification"),
+        ([["BertModel"], 3], "BertForSequenceClassification"),
+        ("BertModel", "BertForSequenceClassification"),
+        (None, "BertForSequenceClassification"),
+    ],
+)
+def test_a_class_is_believed_where_its_heads_are_stored(tmp_path, says, expected):
+    state = hf_state(build(BertForSequenceClassification))
+    write(tmp_path, state, config_file(architectures=says))
+    assert architecture(tmp_path) == expected
+
+
+def test_the_class_is_found_without_reading_the_weights(saved, sharded):
+    (saved / "manifest.json").unlink()
+    whole = set(load_state(saved))
+    content = bytearray((saved / WEIGHTS).read_bytes())
+    content[-8:] = b"\xff" * 8  # not a number, which loading refuses
+    (saved / WEIGHTS).write_bytes(content)
+    refused(lambda: BertForPreTraining.from_pretrained(saved), "not finite")
+    assert set(stored_names(saved)) == whole and architecture(saved) == "BertForPreTraining"
+    (sharded / "b.safetensors").unlink()
+    assert set(stored_names(sharded)) == whole and architecture(sharded) == "BertForPreTraining"
+    (saved / WEIGHTS).write_bytes(content[:100])
+    refused(lambda: architecture(saved), WEIGHTS, "damaged or not a safetensors file")
+
+
+def test_the_head_of_another_task_is_new_even_where_it_would_fit(tmp_path):
+    model = build(BertForTokenClassification, id2label=("a", "b", "c"))
+    model.save_pretrained(tmp_path)
+    for kind in (BertForSequenceClassification, BertForJointClassification):
+        loaded = kind.from_pretrained(tmp_path, task_specific_params={"intents": ["x", "y"]})
+        assert {"classifier.weight", "classifier.bias"} <= set(loaded.new_parameters)
+        assert loaded.classifier.weight.shape == model.classifier.weight.shape
+        assert not torch.equal(loaded.classifier.weight, model.classifier.weight)
+        assert equal(loaded.bert.encoder, model.bert.encoder)
+        refused(lambda loaded=loaded: load_into(loaded, tmp_path), "classifier.weight")
+    write(tmp_path / "unsaid", hf_state(model), config_file(num_labels=3))
+    assert BertForTokenClassification.from_pretrained(tmp_path / "unsaid").new_parameters == ()
+
+
+def test_other_intents_make_their_classifier_new(tmp_path):
+    model = build(BertForJointClassification)
+    model.save_pretrained(tmp_path)
+    load = BertForJointClassification.from_pretrained
+    two = load(tmp_path, task_specific_params={"intents": ["x", "y"]})
+    assert two.new_parameters == ("intent_classifier.weight", "intent_classifier.bias")
+    assert torch.equal(two.classifier.weight, model.classifier.weight)
+    refused(lambda: load(tmp_path, task_specific_params={}), "task_specific_params['intents']=None is not a list of")
+
+
+def test_the_task_is_kept_in_the_config_and_silence_writes_nothing(tmp_path):
+    params = {"intents": ["x", "y"], "thresholds": [0.5, 0.25], "deep": {"null": None}}
+    build(BertModel, finetuning_task="joint", task_specific_params=params).save_pretrained(tmp_path / "told")
+    raw = json.loads((tmp_path / "told" / "config.json").read_text())
+    assert raw["finetuning_task"] == "joint" and raw["task_specific_params"] == params
+    config = load_config(tmp_path / "told")
+    assert config.finetuning_task == "joint" and config.task_specific_params == params
+    build(BertModel).save_pretrained(tmp_path / "silent")
+    assert not {"finetuning_task", "task_specific_params"} & set(
+        json.loads((tmp_path / "silent" / "config.json").read_text())
+    )
+
+
+def test_an_embedding_is_saved_as_an_encoder_and_read_from_one(tmp_path, trained):
+    model = build(BertForSentenceEmbedding, task_specific_params={"pooling": "cls"})
+    model.save_pretrained(tmp_path / "ours")
+    encoder = BertModel.from_pretrained(tmp_path / "ours")
+    assert encoder.pooler is None and equal(encoder, model)
+    assert BertForSentenceEmbedding.from_pretrained(tmp_path / "ours").pooling == "cls"
+    trained.save_pretrained(tmp_path / "pretrained")
+    loaded = BertForSentenceEmbedding.from_pretrained(tmp_path / "pretrained")
+    assert loaded.new_parameters == () and equal(loaded.encoder, trained.bert.encoder)
 
 
 def test_config_changes_reach_the_model(saved):

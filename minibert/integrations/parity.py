@@ -17,11 +17,22 @@ from torch import Tensor, nn
 from ..batch import IGNORE
 from ..data.tokenizer import Tokenizer
 from ..hub import BIAS, DECODER_BIAS, architecture, hf_config, hf_names
-from ..model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+from ..model import (
+    MODELS,
+    BertForJointClassification,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForRelationExtraction,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 from ..model.losses import problem_type
 
 STATE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 GRADIENT_FLOOR = 1e-2
+OURS = (BertForRelationExtraction, BertForJointClassification)  # transformers has only their encoder
 TEXTS = (
     ("The ferry left the harbour before the fog had lifted.", "Nobody on the pier noticed that it was early."),
     ("Can a kettle whistle in the key of C?", "Ours does, slightly flat, every single morning!"),
@@ -74,6 +85,7 @@ def parity(directory, *, allow_pickle: bool = False, backend: str = "auto", devi
         ValueError: transformers is not installed, or the directory is no checkpoint.
     """
     kind = MODELS[architecture(directory, allow_pickle)]
+    kind = BertModel if kind in OURS else kind
     ours = kind.from_pretrained(directory, allow_pickle=allow_pickle, backend=backend)
     if hf_config(ours.config, "")["model_type"] != "bert":
         raise ValueError(f"{directory}: its norm, ffn, position or block is not BERT's: transformers has no such model")
@@ -131,16 +143,17 @@ def compare(ours: nn.Module, theirs: nn.Module, batches: dict[str, dict[str, Ten
     """All rows, in the order of the forward pass, then the gradients from the first layer to the heads."""
     rows = []
     for name, batch in batches.items():
-        batch = batch | targets(ours, batch)
-        left, right = run(ours, batch), run(theirs, batch)
-        mask = batch["attention_mask"].bool()
+        labels, mask = targets(ours, batch), batch["attention_mask"].bool()
+        if isinstance(ours, BertForMultipleChoice):
+            batch = {key: value[None] for key, value in batch.items()}  # all of them choices of one question
+        left, right = run(ours, batch | labels), run(theirs, batch | labels)
         rows += [Row(name, what, error, STATE_LIMIT) for what, error in state_errors(left, right, mask)]
         rows += [Row(name, what, error, GRADIENT_LIMIT) for what, error in gradient_errors(ours, theirs)]
     return Report(tuple(rows))
 
 
 def targets(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Labels for every head that `model` has."""
+    """Labels for every head that `model` has, but an answer's: there padding is part of transformers' loss."""
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     if isinstance(model, BertForMaskedLM | BertForPreTraining):
         labels = torch.where(
@@ -148,6 +161,10 @@ def targets(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         pairs = {"next_sentence_label": torch.arange(len(ids), device=ids.device) % 2}
         return {"labels": labels} | (pairs if isinstance(model, BertForPreTraining) else {})
+    if isinstance(model, BertForTokenClassification):
+        return {"labels": torch.where(mask, ids % model.config.num_labels, IGNORE)}
+    if isinstance(model, BertForMultipleChoice):
+        return {"labels": torch.ones(1, dtype=torch.int64, device=ids.device)}
     if isinstance(model, BertForSequenceClassification):
         labels, n = torch.arange(len(ids), device=ids.device), model.config.num_labels
         if problem_type(model.config, labels) == "single_label_classification":
@@ -157,7 +174,7 @@ def targets(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run(model: nn.Module, batch: dict[str, Tensor]):
-    """One forward and backward pass; a bare encoder gets the mean square of its states as loss."""
+    """One forward and backward pass; without a loss it is the mean square of the states, or of the answer's scores."""
     model.zero_grad(set_to_none=True)
     extra = {"output_logits": True} if isinstance(model, BertForMaskedLM | BertForPreTraining) else {}
     pooled, pooler = [], getattr(model, "bert", model).pooler
@@ -170,8 +187,10 @@ def run(model: nn.Module, batch: dict[str, Tensor]):
         output.loss.backward()
         return output
     mask = batch["attention_mask"][..., None]
-    weights = torch.linspace(-1, 1, output.last_hidden_state.shape[-1], device=mask.device)
-    loss = (output.last_hidden_state.pow(2) * weights * mask).sum() / mask.sum()
+    answers = getattr(output, "start_logits", None) is not None
+    states = torch.stack([output.start_logits, output.end_logits], -1) if answers else output.last_hidden_state
+    weights = torch.linspace(-1, 1, states.shape[-1], device=mask.device)
+    loss = (states.masked_fill(mask == 0, 0).pow(2) * weights).sum() / mask.sum()
     if hook:
         loss = loss + (output.pooler_output * weights).mean()
     loss.backward()
@@ -182,10 +201,11 @@ def state_errors(ours, theirs, mask: Tensor) -> Iterator[tuple[str, float]]:
     for layer, (a, b) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
         yield f"layer {layer}" if layer else "embeddings", scaled(a[mask], b[mask])
     token_level = ("prediction_logits",) if hasattr(theirs, "prediction_logits") else ()
-    for name in ("pooler_output", *token_level, "seq_relationship_logits", "logits", "loss"):
+    heads = (*token_level, "seq_relationship_logits", "start_logits", "end_logits", "logits", "loss")
+    for name in ("pooler_output", *heads):
         a, b = getattr(ours, name, None), getattr(theirs, name, None)
         if a is not None and b is not None:
-            by_token = a.ndim == 3
+            by_token = a.ndim > 1 and a.shape[:2] == mask.shape
             yield name.replace("_", " "), scaled(a[mask], b[mask]) if by_token else scaled(a, b)
 
 

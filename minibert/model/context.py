@@ -46,8 +46,12 @@ class Output:
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    sequence_logits: Tensor | None = None
     prediction_logits: Tensor | None = None
     seq_relationship_logits: Tensor | None = None
+    sentence_embedding: Tensor | None = None
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
@@ -66,6 +70,9 @@ class Output:
     clm_loss: Tensor | None = None
     clm_correct: Tensor | None = None
     clm_count: int | None = None
+    # the two means whose sum is the loss of a head that reads sequences and tokens
+    sequence_loss: Tensor | None = None
+    token_loss: Tensor | None = None
 
     def to_tuple(self) -> tuple:
         names = [field.name for field in fields(self)]

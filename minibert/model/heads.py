@@ -1,19 +1,17 @@
-"""Task heads on the encoder: masked language model, next sentence, sequence classification."""
+"""What a language model is trained with: masked or next tokens, and pairs of sentences."""
 
 import dataclasses
 
-import torch
 from torch import Tensor, nn
 
 from minibert_kernels import bias_gelu, linear_cross_entropy, select_rows
-from minibert_kernels.philox import keep_scale, row_keep
 
 from ..batch import IGNORE, Batch
 from ..config import BertConfig
 from .context import Context, Output
-from .encoder import SITES, Bert, BertModel, enter, initialise, leave
+from .encoder import Bert, BertModel, enter, initialise, leave
 from .ffn import APPROXIMATE, activated
-from .losses import check_classes, check_shape, classification_loss, cross_entropy
+from .losses import check_classes, check_shape, cross_entropy
 from .norm import NORMS
 
 
@@ -146,40 +144,6 @@ class BertForMaskedLM(Headed):
         return output
 
 
-class BertForSequenceClassification(Headed):
-    """A linear map of the pooled state to `num_labels` scores: classes, several labels at once, or a number."""
-
-    objective = "BertForSequenceClassification"
-
-    def __init__(self, config: BertConfig, *, backend: str = "auto"):
-        super().__init__(config, add_pooler=True, backend=backend)
-        p = config.classifier_dropout
-        self.dropout = config.hidden_dropout_prob if p is None else p
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        initialise(self.classifier, config)
-
-    def forward(
-        self, input_ids: Tensor | Batch, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
-        seed=None, **wanted: bool,
-    ) -> Output:  # fmt: skip
-        """labels: see `minibert.model.losses.classification_loss`."""
-        batch, mask = enter(input_ids, attention_mask, token_type_ids, position_ids)
-        ctx, encoded = self.encode(batch, seed, **wanted)
-        logits = self.classifier(self._drop(encoded.pooler_output, ctx))
-        labels = batch.labels if labels is None else labels
-        output = Output(logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
-        if labels is not None:
-            output.loss = classification_loss(self.config, logits, labels)
-        return output if mask is None else leave(output, mask)
-
-    def _drop(self, x: Tensor, ctx: Context) -> Tensor:
-        drop = ctx.drop(self.dropout, 1 + SITES * self.config.num_hidden_layers)
-        if not drop:
-            return x
-        keep = row_keep(drop["seed"], drop["dropout"], ctx.batch.seq_ids, x.shape[-1])
-        return torch.where(keep, x * keep_scale(drop["dropout"]), 0)
-
-
 def score_pairs(output: Output, name: str, labels: Tensor) -> Tensor:
     """The mean loss over the pairs of a batch; labels: [B], 0, 1 or ignored."""
     logits, field = output.seq_relationship_logits, "next_sentence_label" if name == "nsp" else f"{name}_labels"
@@ -207,13 +171,18 @@ def with_mlm_labels(batch: Batch, mask: Tensor | None, labels: Tensor | None, co
     if labels is not None:
         if mask is None:
             raise ValueError("a packed Batch carries its own mlm_rows and mlm_labels: pass labels=None")
-        if labels.shape != mask.shape:
-            raise ValueError(f"labels has shape {list(labels.shape)}: expected {list(mask.shape)}, as input_ids")
-        if ((labels != IGNORE) & ~mask).any():
-            raise ValueError(f"labels has targets where attention_mask is 0: set them to {IGNORE}")
-        labels = labels[mask]
+        labels = pack_labels(labels, mask)
         rows = (labels != IGNORE).nonzero().squeeze(1)
         batch = dataclasses.replace(batch, mlm_rows=rows, mlm_labels=labels[rows])
     if batch.mlm_labels is not None:
         check_classes("labels", batch.mlm_labels, config.vocab_size)
     return batch
+
+
+def pack_labels(labels: Tensor, mask: Tensor) -> Tensor:
+    """Hugging Face's `labels` [B, S] to those of the packed tokens [T]."""
+    if labels.shape != mask.shape:
+        raise ValueError(f"labels has shape {list(labels.shape)}: expected {list(mask.shape)}, as input_ids")
+    if ((labels != IGNORE) & ~mask).any():
+        raise ValueError(f"labels has targets where attention_mask is 0: set them to {IGNORE}")
+    return labels[mask]

@@ -1,4 +1,4 @@
-"""Losses of the sentence-level heads; the language-model loss is `minibert_kernels.linear_cross_entropy`."""
+"""Losses of the task heads; the language-model loss is `minibert_kernels.linear_cross_entropy`."""
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,17 @@ def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> T
     check_shape("labels", labels, logits[:, 0])
     check_classes("labels", labels, config.num_labels)
     return cross_entropy(logits, labels)
+
+
+def token_classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss over the tokens, in float32; logits: [N, L], labels: [N] int64.
+
+    Raises:
+        ValueError: labels have another shape, or a class is out of range (checked on CPU).
+    """
+    check_shape("token_labels", labels, logits[:, 0])
+    check_classes("token_labels", labels, logits.shape[1])
+    return cross_entropy(logits.float(), labels)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -45,14 +45,25 @@ def synthetic_batch(
     draw = lambda high, *shape: torch.randint(high, shape, generator=generator)  # noqa: E731
     lengths, targets = lengths_of(batch_size, length, fill, seed), {}
     tokens = sum(lengths)
-    if labels and objective == "BertModel":
-        raise ValueError("BertModel has no head to train: use mode='infer'")
+    if labels and objective in ("BertModel", "BertForSentenceEmbedding"):
+        raise ValueError(f"{objective} has no head to train: use mode='infer'")
     if labels and objective in ("BertForPreTraining", "BertForMaskedLM"):
         rows = torch.randperm(tokens, generator=generator)[: max(1, round(MASKED * tokens))].sort().values
         targets = {"mlm_rows": rows, "mlm_labels": draw(config.vocab_size, len(rows))}
     if labels and objective == "BertForPreTraining":
         targets["nsp_labels"] = draw(2, batch_size)
-    if labels and objective == "BertForSequenceClassification":
+    if objective == "BertForRelationExtraction":
+        ends = torch.tensor(lengths).cumsum(0)
+        targets["token_rows"] = torch.stack([ends - torch.tensor(lengths), ends - 1], 1).flatten()
+    if labels and objective in ("BertForTokenClassification", "BertForJointClassification"):
+        targets["token_labels"] = draw(config.num_labels, tokens)
+    if labels and objective == "BertForJointClassification":
+        targets["labels"] = draw(len(config.task_specific_params["intents"]), batch_size)
+    if labels and objective == "BertForQuestionAnswering":
+        targets["labels"] = draw(min(lengths), batch_size, 2)
+    if labels and objective == "BertForMultipleChoice":
+        targets["labels"] = draw(batch_size, 1)  # all choices of one question
+    if labels and objective in ("BertForSequenceClassification", "BertForRelationExtraction"):
         kind = problem_type(config, draw(2, batch_size))
         shape = (batch_size, config.num_labels) if kind == "multi_label_classification" else (batch_size,)
         targets["labels"] = draw(2 if len(shape) == 2 else config.num_labels, *shape)

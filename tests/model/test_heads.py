@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small import LENGTHS, build, gradients, mlm_labels, packed, padded
 
 from minibert.batch import IGNORE, pack
-from minibert.model import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
+from minibert.model import BertForMaskedLM, BertForPreTraining
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 NSP = torch.tensor([0, 1, 1, 0, 1])
@@ -87,10 +87,7 @@ def test_labels_that_are_all_ignored_give_loss_zero_and_finite_gradients(kind):
 
 
 def test_sentence_labels_that_are_all_ignored_give_loss_zero():
-    model, ignored = build(BertForSequenceClassification), torch.full((5,), IGNORE)
-    loss = model(**padded(), labels=ignored).loss
-    loss.backward()
-    assert loss == 0 and all(grad.abs().sum() == 0 for grad in gradients(model).values())
+    ignored = torch.full((5,), IGNORE)
     assert build(BertForPreTraining)(**padded(), next_sentence_label=ignored).nsp_loss == 0
 
 
@@ -118,8 +115,6 @@ def test_positional_outputs_are_those_of_hugging_face():
     assert output[2] is output.seq_relationship_logits
     output = build(BertForMaskedLM)(**inputs, labels=mlm_labels(inputs), output_logits=True, output_hidden_states=True)
     assert output[0] is output.loss and output[1] is output.logits and len(output[2]) == 3
-    output = build(BertForSequenceClassification)(**inputs)
-    assert output[0] is output.logits and output[0].shape == (5, 2)
 
 
 @pytest.mark.parametrize("kind", [BertForPreTraining, BertForMaskedLM])
@@ -157,59 +152,3 @@ def test_the_next_sentence_column_of_shape_b_by_1_is_taken():
     assert torch.equal(
         model(**inputs, next_sentence_label=NSP[:, None]).loss, model(**inputs, next_sentence_label=NSP).loss
     )
-
-
-NAMES = ("a", "b", "c")
-
-
-@pytest.mark.parametrize("problem_type", [None, "single_label_classification"])
-def test_classes_are_scored_by_cross_entropy(problem_type):
-    model, labels = build(BertForSequenceClassification, id2label=NAMES, problem_type=problem_type), NSP + 1
-    output = model(**padded(), labels=labels)
-    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels))
-
-
-@pytest.mark.parametrize("problem_type", [None, "multi_label_classification"])
-def test_several_labels_are_scored_one_by_one(problem_type):
-    model = build(BertForSequenceClassification, id2label=NAMES, problem_type=problem_type)
-    labels = torch.stack([NSP, 1 - NSP, NSP], 1).float()
-    output = model(**padded(), labels=labels)
-    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, labels))
-
-
-@pytest.mark.parametrize("problem_type", [None, "regression"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_one_output_is_regression(problem_type, dtype):
-    model = build(BertForSequenceClassification, id2label=("score",), problem_type=problem_type)
-    labels = (NSP * 3).to(dtype)
-    output = model(**padded(), labels=labels)
-    torch.testing.assert_close(output.loss, F.mse_loss(output.logits[:, 0], labels.float()))
-
-
-def test_regression_may_have_several_outputs():
-    model = build(BertForSequenceClassification, id2label=NAMES, problem_type="regression")
-    labels = torch.randn(5, 3)
-    output = model(**padded(), labels=labels)
-    torch.testing.assert_close(output.loss, F.mse_loss(output.logits, labels))
-
-
-def test_labels_of_a_packed_batch_are_used():
-    model, inputs = build(BertForSequenceClassification), padded()
-    batch = dataclasses.replace(packed(inputs), labels=NSP)
-    assert torch.equal(model(batch).loss, model(**inputs, labels=NSP).loss)
-
-
-@pytest.mark.parametrize(
-    ("problem_type", "labels", "message"),
-    [
-        (None, NSP + 2, "labels holds 3: expected 0 to 2, or -100"),
-        (None, NSP[:3], "labels has shape [3]: expected [5]"),
-        ("multi_label_classification", NSP, "labels has shape [5]: expected [5, 3]"),
-        ("regression", NSP.float(), "labels has shape [5]: expected [5, 3]"),
-    ],
-)
-def test_sentence_labels_that_cannot_be_are_refused(problem_type, labels, message):
-    model = build(BertForSequenceClassification, id2label=NAMES, problem_type=problem_type)
-    with pytest.raises(ValueError) as error:
-        model(**padded(), labels=labels)
-    assert str(error.value) == message
