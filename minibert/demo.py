@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .cli.finetuning import finetune
 from .cli.common import refuse_filled, resolve_model
+from .cli.finetuning import finetune
 from .cli.pretraining import pretrain
-from .data.sample import write_sample_corpus
 from .data.records import find_splits
+from .data.sample import write_sample_corpus
 from .data.tokenizer import Tokenizer
 from .integrations.parity import load_theirs
 from .integrations.speed import time_inference

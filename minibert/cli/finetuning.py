@@ -85,7 +85,7 @@ def finetune(
     init: Annotated[str, "directory with the pretrained weights and their tokenizer"],
     task: Annotated[str, f"what to learn: {', '.join(TASKS)}"] = "classification",
     option: Options = {},  # noqa: B006
-    data: Annotated[str | None, "a labelled file, or a folder of splits, as it was published: docs/finetuning.md"] = None,
+    data: Annotated[str | None, "a labelled file, or a folder of splits, as published: docs/finetuning.md"] = None,
     train: Annotated[list[str], "labelled files to learn from"] = (),
     valid: Annotated[list[str], "labelled files to choose the best checkpoint with"] = (),
     test: Annotated[list[str], "labelled files to report at the end"] = (),
@@ -252,7 +252,7 @@ def evaluate(
     else:
         network = load(language_model(load_config(source)), source, device, backend, allow_pickle)
         if any(name.startswith("mlm.") for name in network.new_parameters):
-            raise ValueError(f"{source} has neither a task's head nor a masked-language-model head: nothing to evaluate")
+            raise ValueError(f"{source} has neither a task's head nor a masked-language-model head")
         result = evaluate_on_text(network, source, data, text_column or "text", seed, device, objectives)
     print_result(result, json)
 

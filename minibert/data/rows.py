@@ -1,6 +1,6 @@
 """Rows of tokens for fine-tuning, and the stream of packed batches that is made of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ class Row:
     ids, types: token ids and their types, of one length.
     at: positions of the tokens whose states a head reads: words, entities, sentences. tags: one class for each of them.
     label: of the sequence, in the form that its head's labels have.
-    example: the number of the example that it was made of.
+    example: the number of the example that it was made of. extra: what a prediction needs beside the scores.
     """
 
     ids: Sequence[int]
@@ -28,6 +28,7 @@ class Row:
     label: Any = None
     tags: Sequence[int] = ()
     example: int = 0
+    extra: Any = None
 
 
 class RowData:
@@ -62,16 +63,16 @@ class RowData:
         return min(cursor + self.batch_size, cursor - cursor % len(self) + len(self))
 
 
-def in_order(rows: Sequence[Row], batch_tokens: int, together: int = 1) -> Iterator[tuple[list[int], Batch]]:
+def in_order(rows: Sequence[Row], batch_tokens: int) -> Iterator[tuple[list[int], Batch]]:
     """Every row once, unlabelled: (row numbers, batch). Shortest first, as many as have `batch_tokens` tokens."""
-    units = [range(first, first + together) for first in range(0, len(rows), together)]
-    size: Callable[[range], int] = lambda unit: sum(len(rows[i].ids) for i in unit)  # noqa: E731
     batch, tokens = [], 0
-    for unit in sorted(units, key=size):
-        if batch and tokens + size(unit) > batch_tokens:
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        size = len(rows[number].ids)
+        if batch and tokens + size > batch_tokens:
             yield batch, collate([rows[i] for i in batch], batch, labelled=False)
             batch, tokens = [], 0
-        batch, tokens = batch + list(unit), tokens + size(unit)
+        batch.append(number)
+        tokens += size
     if batch:
         yield batch, collate([rows[i] for i in batch], batch, labelled=False)
 

@@ -69,3 +69,20 @@ def check_classes(name: str, labels: Tensor, classes: int) -> None:
         wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= classes))]
         if wrong.numel():
             raise ValueError(f"{name} holds {int(wrong[0])}: expected 0 to {classes - 1}, or {IGNORE}")
+
+
+def pair_loss(vectors: Tensor, labels: Tensor, kind: str, temperature: float) -> Tensor:
+    """The mean loss over P pairs of vectors, in float32.
+
+    Args:
+        vectors: [2·P, D], the two of a pair side by side.
+        labels: [P] float, the similarity that a pair should have, from 0 to 1; `contrastive` does not look at it.
+        kind: "cosine", the squared difference of cosine and label; or "contrastive", the cross entropy of finding the
+            second text of each pair among all second texts by cosine over `temperature` (Henderson et al., 2017).
+    """
+    check_shape("labels", labels, vectors[::2, 0])
+    first, second = F.normalize(vectors.float(), dim=-1).unflatten(0, (-1, 2)).unbind(1)
+    if kind == "cosine":
+        return F.mse_loss((first * second).sum(-1), labels.float())
+    scores = first @ second.T / temperature
+    return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

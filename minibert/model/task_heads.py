@@ -17,9 +17,10 @@ from ..config import BertConfig, one_of
 from .context import Context, Output
 from .encoder import SITES, BertModel, enter, first_tokens, initialise, leave
 from .heads import Headed, pack_labels
-from .losses import check_classes, check_shape, classification_loss, cross_entropy, token_classification_loss
+from .losses import check_classes, check_shape, classification_loss, cross_entropy, pair_loss, token_classification_loss
 
 POOLINGS = ("mean", "cls")
+PAIR_LOSSES = ("cosine", "contrastive")
 
 
 class TaskHead(Headed):
@@ -253,8 +254,9 @@ class BertForJointClassification(TaskHead):
 class BertForSentenceEmbedding(BertModel):
     """One vector a sequence (Reimers and Gurevych, 2019): the mean of its tokens' states, [CLS] and [SEP] among them.
 
-    `sentence_embedding` is [B, D]. `task_specific_params` may have `pooling`, "mean" or "cls", and `normalize`, true
-    for vectors of length 1. There are no parameters beside the encoder's, and it is saved as a `BertModel`.
+    `sentence_embedding` is [B, D]. `task_specific_params` may have `pooling`, "mean" or "cls", `normalize`, true for
+    vectors of length 1, and `loss` and `temperature`, for pairs with labels: see `losses.pair_loss`. There are no
+    parameters beside the encoder's, and it is saved as a `BertModel`.
     """
 
     objective = "BertForSentenceEmbedding"
@@ -263,6 +265,8 @@ class BertForSentenceEmbedding(BertModel):
         super().__init__(config, add_pooler=False, backend=backend)
         params = config.task_specific_params or {}
         self.pooling, self.normalize = params.get("pooling", "mean"), params.get("normalize", False)
+        self.loss, self.temperature = params.get("loss", "cosine"), params.get("temperature", 0.05)
+        one_of("loss", self.loss, PAIR_LOSSES)
         one_of("pooling", self.pooling, POOLINGS)
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize={self.normalize!r} is not true or false")
@@ -273,6 +277,8 @@ class BertForSentenceEmbedding(BertModel):
         output.sentence_embedding = pool(output.last_hidden_state, ctx)
         if self.normalize:
             output.sentence_embedding = F.normalize(output.sentence_embedding.float(), dim=-1)
+        if ctx.batch.labels is not None:
+            output.loss = pair_loss(output.sentence_embedding, ctx.batch.labels, self.loss, self.temperature)
         return output
 
 

@@ -4,9 +4,21 @@ from torch import nn
 
 from ..config import one_of
 from .base import Example, Task, draw_examples, evaluate, predict, read_examples, split_examples
+from .choice import MultipleChoice
 from .classification import Classification, Intent, MultiLabel, Regression
+from .embedding import Embedding
+from .qa import QuestionAnswering
+from .relation import Relation
+from .summary import Summary
+from .tokens import Joint, Tagging
 
-TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Classification, Intent, MultiLabel, Regression)}
+TASKS: dict[str, type[Task]] = {
+    kind.name: kind
+    for kind in (
+        Classification, Intent, MultiLabel, Regression, Tagging, Joint, Relation, QuestionAnswering, MultipleChoice,
+        Summary, Embedding,
+    )
+}  # fmt: skip
 
 
 def make_task(name: str, **options) -> Task:

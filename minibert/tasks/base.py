@@ -1,4 +1,4 @@
-"""What a fine-tuning task is: records become examples, examples rows of tokens, scores predictions, predictions numbers.
+"""What a task is: records become examples, examples rows of tokens, scores predictions, and predictions numbers.
 
 A task is one file and one line of the table `TASKS`. Nothing here knows any of them.
 """
@@ -20,6 +20,7 @@ from ..config import BertConfig, refuse_unknown
 from ..data.records import Record, refuse
 from ..data.rows import Row, in_order
 from ..data.tokenizer import Tokenizer
+from ..model import Output
 
 CHUNK = 4096  # examples that are predicted at once: enough to sort by length, little to hold
 BATCH_TOKENS = 8192  # of a batch that is predicted
@@ -46,8 +47,7 @@ class Task:
     """The fields of a subclass are its options; they are kept in the model's config, as `task_specific_params`.
 
     name: the key in `TASKS`. head: its model class. metric: the number of `measure` that decides which checkpoint is
-    the best, mode whether `higher` or `lower` is better. together: rows that are a unit, see `RowData`. reads: what
-    there is a score for, each `sequence`, each of the positions `at`, or each `token`. dtype: of the labels.
+    the best, mode whether `higher` or `lower` is better. dtype: of the labels.
     max_length: tokens of a row, None for as many as the model takes. truncate: cut what is longer; else it is an error.
     """
 
@@ -55,8 +55,6 @@ class Task:
     head: ClassVar[type[nn.Module]]
     metric: ClassVar[str]
     mode: ClassVar[str] = "higher"
-    together: ClassVar[int] = 1
-    reads: ClassVar[str] = "sequence"
     dtype: ClassVar[torch.dtype] = torch.int64
 
     max_length: int | None = None
@@ -71,6 +69,11 @@ class Task:
         """The task with these options; one it does not have is a ValueError that offers the nearest."""
         refuse_unknown(options, cls, f"{cls.name} option")
         return cls(**options)
+
+    @property
+    def together(self) -> int:
+        """Rows that are a unit, see `RowData`."""
+        return 1
 
     def example(self, record: Record) -> Example:
         """Raises ValueError, naming file, line and field, where the record is not one of this task's."""
@@ -104,12 +107,12 @@ class Task:
         """The losses of the head and over how many things each is a mean, see `train`."""
         return {"loss": batch.num_sequences // self.together}
 
-    def scores(self, output) -> Tensor:
-        """What a prediction is made of: [sequences, …], [positions, …] or [tokens, …], as `reads` says."""
-        return output.logits
+    def scores(self, output: Output, rows: Sequence[Row]) -> list[Any]:
+        """What a prediction is made of, for each row of a batch; by default the logits of the sequence."""
+        return list(as_numpy(output.logits))
 
     def predict(
-        self, examples: Sequence[Example], rows: Sequence[Row], scores: Sequence[np.ndarray], config: BertConfig
+        self, examples: Sequence[Example], rows: Sequence[Row], scores: Sequence[Any], config: BertConfig
     ) -> Iterator[dict[str, Any]]:
         """One prediction an example; what is in it in JSON's types can be printed, NumPy arrays are for `measure`."""
         raise NotImplementedError
@@ -145,18 +148,31 @@ def read_examples(
 
 
 @torch.no_grad()
-def score(task: Task, model: nn.Module, rows: Sequence[Row]) -> list[np.ndarray]:
-    """The scores of every row, float32, in the order of the rows."""
+def score(task: Task, model: nn.Module, rows: Sequence[Row]) -> list[Any]:
+    """The scores of every row, in the order of the rows."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    result: list[np.ndarray] = [np.empty(0)] * len(rows)
-    for numbers, batch in in_order(rows, BATCH_TOKENS, task.together):
-        scores = task.scores(model(batch.to(device))).float().cpu().numpy()
-        sizes = {"sequence": [1] * len(numbers), "at": [len(rows[i].at) for i in numbers], "token": batch.lengths}
-        for number, part in zip(numbers, np.split(scores, np.cumsum(sizes[task.reads])[:-1]), strict=True):
-            result[number] = part[0] if task.reads == "sequence" else part
+    result: list[Any] = [None] * len(rows)
+    for numbers, batch in in_order(rows, BATCH_TOKENS):
+        scores = task.scores(model(batch.to(device)), [rows[i] for i in numbers])
+        for number, one in zip(numbers, scores, strict=True):
+            result[number] = one
     model.train(was_training)
     return result
+
+
+def as_numpy(x: Tensor) -> np.ndarray:
+    return x.float().cpu().numpy()
+
+
+def per_position(x: Tensor, rows: Sequence[Row]) -> list[np.ndarray]:
+    """[N, …] of all the positions that are read, to those of each row."""
+    return np.split(as_numpy(x), np.cumsum([len(row.at) for row in rows])[:-1])
+
+
+def per_token(x: Tensor, rows: Sequence[Row]) -> list[np.ndarray]:
+    """[T, …] to the tokens of each row."""
+    return np.split(as_numpy(x), np.cumsum([len(row.ids) for row in rows])[:-1])
 
 
 def predict(
@@ -176,7 +192,10 @@ def predict(
 def evaluate(
     task: Task, model: nn.Module, tokenizer: Tokenizer, examples: Sequence[Example], *, fit: bool = False
 ) -> dict[str, Any]:
-    """What the task measures on labelled examples; `fit` lets it learn thresholds of them first, which the model keeps."""
+    """What the task measures on labelled examples.
+
+    `fit` lets it learn thresholds of them first, which the model's config keeps.
+    """
     predictions = list(predict(task, model, tokenizer, examples))
     if fit:
         task = task.fitted(examples, predictions, model.config)

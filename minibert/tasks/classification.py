@@ -260,9 +260,7 @@ def class_of(example: Example, label: str, known: Mapping[str, int]) -> int:
 
 def check_length(ids: Sequence[int], limit: int, example: Example) -> Sequence[int]:
     if len(ids) > limit:
-        raise ValueError(
-            f"{example.where}: the text has {len(ids)} tokens, the model takes {limit}: use --truncate"
-        )
+        raise ValueError(f"{example.where}: the text has {len(ids)} tokens, the model takes {limit}: use --truncate")
     return ids
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..data.rows import Row, RowData
 from ..data.tokenizer import Tokenizer
 from ..train import Result, Run, TrainConfig, train
+from . import task_of
 from .base import Example, Task, evaluate
 
 
@@ -49,9 +50,10 @@ def finetune(
             raise ValueError(f"{name}={value} is not positive")
     seed = training.get("seed", 0)
     network, tokenizer = new_model(task, parts["train"], init, seed, scratch, backend, allow_pickle)
+    task = task_of(network)  # with what it learned from the examples, as the names of its labels
     say(f"new parameters: {'all' if scratch else ', '.join(network.new_parameters) or 'none'}")
     encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}
-    rows = learnable(encoded["train"], task)
+    rows = learnable(encoded["train"], task.together)
     data = RowData(rows, batch_size=batch_size, seed=seed, together=task.together, dtype=task.dtype)
     epoch = max(1, math.ceil(len(data) / batch_size / training.get("accumulate", 1)))
     config = TrainConfig(
@@ -81,11 +83,10 @@ def new_model(
     return network, Tokenizer.from_pretrained(init)
 
 
-def learnable(rows: Sequence[Row], task: Task) -> list[Row]:
-    """The rows that teach something: those with a label or tags, and what belongs together with them."""
-    if task.together > 1:
-        return list(rows)
-    return [row for row in rows if row.label is not None or len(row.tags)]
+def learnable(rows: Sequence[Row], together: int) -> list[Row]:
+    """The rows of the units that teach something: in which there is a label, or tags."""
+    units = [rows[first : first + together] for first in range(0, len(rows), together)]
+    return [row for unit in units if any(one.label is not None or len(one.tags) for one in unit) for row in unit]
 
 
 def rows_hash(rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
 """Rows are packed with what their heads read and learn, and drawn by counters."""
 
-import torch
 import pytest
+import torch
 
 from minibert.data.rows import Row, RowData, collate, in_order
 
@@ -89,8 +89,6 @@ def test_rows_that_belong_together_stay_together():
         assert batch.labels.tolist() == [q % 3 for q in questions]
         seen += questions
     assert sorted(seen) == list(range(5)) and cursor == 5 == len(data)
-    ordered = [number for numbers, _ in in_order(units(), 9, together=3) for number in numbers]
-    assert sorted(ordered) == list(range(15)) and all(n % 3 == 0 and ordered[i + 1] == n + 1 for i, n in enumerate(ordered[::3]) for i in [3 * i])
 
 
 def test_what_a_head_reads_is_shifted_to_where_the_row_lies():
