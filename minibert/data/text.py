@@ -99,20 +99,26 @@ def _read_file(file: Path, text_column: str, bad) -> Iterator[list[str]]:
 
 def read_lines(file: Path, bad: Callable[[ValueError], None] = refuse) -> Iterator[str]:
     """Lines with their line ends, decoded one by one, so that an error can say where it is."""
+    return (line for _, line in number_lines(file, bad) if line is not None)
+
+
+def number_lines(file: Path, bad: Callable[[ValueError], None] = refuse) -> Iterator[tuple[int, str | None]]:
+    """(number, line) from 1; the line is None where it is not UTF-8 and `bad` let that pass."""
     try:
         with _open(file) as stream:
             for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
                 if len(line) == MAX_LINE:
                     raise ValueError(f"{file}:{number}: a line of more than {MAX_LINE >> 20} MB: is it text?")
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    byte = line[error.start]
-                    bad(ValueError(f"{file}:{number}: byte 0x{byte:02x} is not UTF-8: convert the file"))
-                else:
-                    yield text
+                yield number, _decode(line, f"{file}:{number}", "utf-8-sig" if number == 1 else "utf-8", bad)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _decode(line: bytes, where: str, encoding: str, bad) -> str | None:
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as error:
+        bad(ValueError(f"{where}: byte 0x{line[error.start]:02x} is not UTF-8: convert the file"))
 
 
 def _open(file: Path):
@@ -121,11 +127,12 @@ def _open(file: Path):
     if suffix == ".gz":
         return gzip.open(file)
     if suffix == ".zst":
-        return io.BufferedReader(_pyarrow(file).input_stream(str(file), compression="zstd"), 1 << 20)
+        return io.BufferedReader(need_pyarrow(file).input_stream(str(file), compression="zstd"), 1 << 20)
     return open(file, "rb")
 
 
-def _pyarrow(file: Path):
+def need_pyarrow(file: Path):
+    """The package that reads parquet and zst, or the ValueError that says how to get it."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -166,8 +173,8 @@ def _wiki_documents(file: Path, bad) -> Iterator[list[str]]:
 
 
 def _json_rows(file: Path, column: str, bad) -> Iterator[str]:
-    for number, line in enumerate(read_lines(file, bad), 1):
-        if not line.strip():
+    for number, line in number_lines(file, bad):
+        if not (line and line.strip()):
             continue
         try:
             yield _json_text(line, f"{file}:{number}", column)
@@ -212,7 +219,7 @@ def _table_rows(file: Path, column: str, suffix: str, bad) -> Iterator[str]:
 
 
 def _parquet_rows(file: Path, column: str, bad) -> Iterator[str]:
-    pyarrow = _pyarrow(file)
+    pyarrow = need_pyarrow(file)
     try:
         table = pyarrow.parquet.ParquetFile(file)
         if column not in table.schema_arrow.names:
@@ -231,7 +238,7 @@ def _parquet_rows(file: Path, column: str, bad) -> Iterator[str]:
 
 def unknown_column(where, column: str, known: Iterable[str]) -> ValueError:
     """The error for a column that is not there: it names the known ones and offers the nearest."""
-    known = [str(name) for name in known]
+    known = [str(name) if str(name).isprintable() else repr(name) for name in known]
     near = difflib.get_close_matches(column, known, 1)
     hint = f": did you mean {near[0]!r}?" if near else ""
     return ValueError(f"{where}: no column {column!r} among {', '.join(known)}{hint}")
