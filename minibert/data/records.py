@@ -16,6 +16,8 @@ from .text import PACKED_SUFFIXES, need_pyarrow, number_lines, read_lines, refus
 Bad = Callable[[ValueError], None]
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what UTF-8 cannot hold, and what no text does
 SHARD = re.compile(r"-\d+-of-\d+$")
+SHOWN = reprlib.Repr()  # values in messages, cut to a line
+SHOWN.maxstring = 80
 # the names that files of a split have; the last two are those of SemEval-2010 task 8
 STEMS = {
     "train": ("train", "train_file"),
@@ -60,7 +62,7 @@ def text_of(record: Record, name: str) -> str:
     """The text in a field; ValueError if it is missing, blank, no string, or has NUL or half a surrogate pair."""
     value = _value(record, name)
     if not isinstance(value, str) or not value.strip() or NO_TEXT.search(value):
-        raise ValueError(f"{record.where}: {name}={reprlib.repr(value)} is not a text")
+        raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a text")
     return value
 
 
@@ -69,7 +71,7 @@ def label_of(record: Record, name: str) -> str:
     value = _value(record, name)
     label = "" if isinstance(value, bool) or not isinstance(value, str | int | float) else str(value).strip()
     if not label or NO_TEXT.search(label):
-        raise ValueError(f"{record.where}: {name}={reprlib.repr(value)} is not a label")
+        raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a label")
     return label
 
 
@@ -176,7 +178,7 @@ def _start(path: Path) -> list[str]:
 
 def _tsv_format(path: Path) -> str:
     start = [_columns(line) for line in _start(path)[:1]]
-    return "cola" if start and len(start[0]) == 4 and start[0][1] in "01" and start[0][2] in ("", "*") else "tsv"
+    return "cola" if start and len(start[0]) == 4 and start[0][1] in ("0", "1") and start[0][2] in ("", "*") else "tsv"
 
 
 # the first key of an object, behind others that hold a string or a number, and the bracket that it opens
@@ -255,7 +257,7 @@ def _cola_fields(line: str) -> dict:
 def _uci_fields(line: str) -> dict:
     text, _, label = line.rstrip("\r\n").rpartition("\t")
     if label.strip() not in ("0", "1"):
-        raise ValueError(f"expected a sentence, a tab and 0 or 1, got {reprlib.repr(line)}")
+        raise ValueError(f"expected a sentence, a tab and 0 or 1, got {SHOWN.repr(line)}")
     return {"text": text, "label": label.strip()}
 
 
@@ -264,45 +266,42 @@ def _table(separator: str, quoting: int):
 
     def read(path: Path, bad: Bad) -> Iterator[Record]:
         csv.field_size_limit(1 << 30)  # the default refuses a field beyond 128 KB
-        number = 0
-
-        def lines():
-            nonlocal number
-            for number, line in number_lines(path, bad):  # noqa: B007
-                if line is not None:
-                    yield line
-
         header = None
-        rows = csv.reader(lines(), delimiter=separator, quoting=quoting, strict=True)
-        for row in _parsed(rows, lambda error: bad(ValueError(f"{path}:{number}: {error}"))):
+
+        def let(error: ValueError) -> None:
+            (bad if header else refuse)(error)  # without its names no row is worth anything
+
+        lines = (line or "" for _, line in number_lines(path, let))
+        rows = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+        for where, row in _rows(rows, path, let):
             if header is None:
-                header = _header(row, f"{path}:{number}")
+                header = _header(row, where)
             elif len(row) != len(header):
-                bad(ValueError(f"{path}:{number}: {len(row)} fields, the header has {len(header)}"))
+                bad(ValueError(f"{where}: {len(row)} fields, the header has {len(header)}"))
             else:
-                yield Record(f"{path}:{number}", dict(zip(header, row, strict=True)))
+                yield Record(where, dict(zip(header, row, strict=True)))
 
     return read
 
 
-def _parsed(rows, bad) -> Iterator[list[str]]:
-    """The rows that are not empty; `bad` gets what the csv module says of a broken one."""
+def _rows(rows, path: Path, bad: Bad) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", row) of the rows that are neither empty nor broken."""
     while True:
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
         except csv.Error as error:
-            bad(error)
+            bad(ValueError(f"{path}:{rows.line_num}: {error}"))
             continue
+        if row is None:
+            return
         if row:
-            yield row
+            yield f"{path}:{rows.line_num}", row
 
 
 def _header(row: list[str], where: str) -> list[str]:
     twice = next((name for i, name in enumerate(row) if name and name in row[:i]), None)
     if twice is not None:
-        raise ValueError(f"{where}: two columns are called {twice!r}")
+        raise ValueError(f"{where}: two columns are called {SHOWN.repr(twice)}")
     return row
 
 
@@ -328,7 +327,9 @@ def _read_snips(path: Path, bad: Bad) -> Iterator[Record]:
         if None in texts or not any(text.strip() for text in texts):
             continue
         if ended:
-            raise ValueError(f"{ended[0]}:{number}: it ends here, {', '.join(SNIPS_FILES)} need as many lines each")
+            raise ValueError(
+                f"{ended[0]}:{number}: no such line, which {', '.join(SNIPS_FILES)} need for each sentence"
+            )
         tokens, tags, label = _words(texts[0]), _words(texts[1]), texts[2].strip()
         if len(tokens) != len(tags):
             bad(ValueError(f"{files[1]}:{number}: {len(tags)} tags, {SNIPS_FILES[0]} has {len(tokens)} tokens"))
@@ -388,7 +389,7 @@ def _blocks(lines, path: Path, bad: Bad) -> Iterator[tuple[int, list[str]]]:
             block, start = [line], number
         elif line.strip() and not line.startswith("Comment"):
             if block is None:
-                bad(ValueError(f"{path}:{number}: a relation without a sentence: {reprlib.repr(line.strip())}"))
+                bad(ValueError(f"{path}:{number}: a relation without a sentence: {SHOWN.repr(line.strip())}"))
             else:
                 block.append(line)
     if block:
@@ -398,9 +399,9 @@ def _blocks(lines, path: Path, bad: Bad) -> Iterator[tuple[int, list[str]]]:
 def _marked(where: str, sentence: str, *relations: str) -> Record:
     number, _, text = sentence.strip().partition("\t")
     if len(text) < 2 or not text[0] == text[-1] == '"':
-        raise ValueError(f"{where}: text={reprlib.repr(text)} is not in quotation marks")
+        raise ValueError(f"{where}: text={SHOWN.repr(text)} is not in quotation marks")
     if re.findall("</?e[12]>", text) not in MARKERS:
-        raise ValueError(f"{where}: text={reprlib.repr(text)} needs one <e1>…</e1> and one <e2>…</e2>")
+        raise ValueError(f"{where}: text={SHOWN.repr(text)} needs one <e1>…</e1> and one <e2>…</e2>")
     if len(relations) > 1:
         raise ValueError(f"{where}: {len(relations)} relations, expected one below the sentence")
     label = {"label": relations[0].strip()} if relations else {}
@@ -427,7 +428,7 @@ def _field(value, name: str, kind: type, where: str, *default):
     if name not in value:
         raise unknown_column(where, name, value)
     if type(value[name]) is not kind:
-        raise ValueError(f"{where}: {name}={reprlib.repr(value[name])} is not of type {kind.__name__}")
+        raise ValueError(f"{where}: {name}={SHOWN.repr(value[name])} is not of type {kind.__name__}")
     return value[name]
 
 
@@ -456,9 +457,9 @@ def _read_squad(path: Path, bad: Bad) -> Iterator[Record]:
 def _question(path: Path, article: dict, paragraph: dict, question: dict, where: str, seen: set[str]) -> Record:
     name = _field(question, "id", str, where)
     if name in seen:
-        raise ValueError(f"{where}: id={reprlib.repr(name)} is the id of an earlier question, too")
+        raise ValueError(f"{where}: id={SHOWN.repr(name)} is the id of an earlier question, too")
     seen.add(name)
-    where = f"{path}: question {reprlib.repr(name)}"
+    where = f"{path}: question {SHOWN.repr(name)}"
     impossible = _field(question, "is_impossible", bool, where, False)
     answers = _field(question, "answers", list, where, *([[]] if impossible else []))
     fields = {
@@ -484,7 +485,7 @@ def _read_clinc(path: Path, bad: Bad, part: tuple[str, ...] | None = None) -> It
             if isinstance(item, list) and len(item) == 2 and all(isinstance(value, str) for value in item):
                 yield Record(where, {"text": item[0], "label": item[1]})
             else:
-                bad(ValueError(f"{where}: expected [text, intent], got {reprlib.repr(item)}"))
+                bad(ValueError(f"{where}: expected [text, intent], got {SHOWN.repr(item)}"))
 
 
 # what a suffix stands for, or the function that looks into the file
