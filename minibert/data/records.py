@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import one_of
-from .text import PACKED_SUFFIXES, need_pyarrow, number_lines, read_lines, refuse, unknown_column
+from .text import PACKED_SUFFIXES, as_paths, need_pyarrow, number_lines, read_lines, refuse, unknown_column
 
 Bad = Callable[[ValueError], None]
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what UTF-8 cannot hold, and what no text does
@@ -90,25 +90,21 @@ def find_splits(path) -> dict[str, Source]:
     Raises:
         ValueError: the path is missing, or a folder has no train file or two of one split; the message lists them.
     """
-    if not isinstance(path, str | Path):
-        paths = tuple(Path(file) for file in path)
-        return {"train": Source(paths)} if len(paths) != 1 else find_splits(paths[0])
-    path = Path(path)
+    path, *others = as_paths(path)
+    if others:
+        return {"train": Source((path, *others))}
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
     if not path.is_dir() or _is_snips(path):
         return _clinc_splits(path) if format_of(path) == "clinc150" else {"train": Source((path,))}
-    places = [_shown(path.glob(pattern)) for pattern in ("*", "*/*")]
+    shown = [place for place in sorted(path.iterdir()) if not place.name.startswith(".")]
+    places = [shown, [file for place in shown if place.is_dir() for file in sorted(place.iterdir())]]
     for level in places:
         found = {split: _only(path, split, level) for split in STEMS}
         if found["train"]:
             return {split: Source(files) for split, files in found.items() if files}
     labelled = ", ".join(str(file.relative_to(path)) for level in places for file in level if _is_labelled(file))
     raise ValueError(f"{path}: it has no train file" + (f"; name one with --train: {labelled}" if labelled else ""))
-
-
-def _shown(files) -> list[Path]:
-    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def _only(folder: Path, split: str, places: Sequence[Path]) -> tuple[Path, ...]:

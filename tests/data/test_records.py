@@ -441,8 +441,9 @@ def names(folder):
         (["train.jsonl.gz", "dev.conll"], {"train": ["train.jsonl.gz"], "valid": ["dev.conll"]}),
         (["Train.txt", "val.txt", ".test.txt"], {"train": ["Train.txt"], "valid": ["val.txt"]}),
         (["train.bio", "validation.bio"], {"train": ["train.bio"], "valid": ["validation.bio"]}),
+        (["a/train.csv", ".b/train.csv"], {"train": ["a/train.csv"]}),
         (["train/seq.in", "valid/seq.in", "test/x"], {"train": ["train"], "valid": ["valid"]}),
-        (["train.csv", "old/train.csv", "old/dev.csv"], {"train": ["train.csv"]}),
+        (["train.csv", "old/train.csv", "old/dev.csv", ".x/test.csv"], {"train": ["train.csv"]}),
         (
             [
                 "data/train-00000-of-00002.parquet",
@@ -505,6 +506,7 @@ def test_two_files_of_one_split_are_not_guessed_between(tmp_path):
 def test_a_missing_path_is_named(tmp_path):
     assert refused(lambda: find_splits(tmp_path / "x")) == f"{tmp_path}/x: no such file or folder"
     assert refused(lambda: read(tmp_path / "x.csv")) == f"{tmp_path}/x.csv cannot be read: No such file or directory"
+    assert refused(lambda: find_splits([])) == "no file or folder of text was named"
     assert refused(lambda: read(tmp_path)) == f"{tmp_path}: a folder without seq.in, expected a file"
 
 
@@ -564,7 +566,7 @@ def damaged(draw):
 
 @given(damaged())
 @example(("a.json", b'{"data": [{"paragraphs": [{"qas": [{"id": "\\ud800", "is_impossible": true}], "a\\nb": 1}]}]}'))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_give_records_or_errors_of_one_line(tmp_path, file):
     pytest.importorskip("pyarrow")
     path, errors = put(tmp_path / file[0], file[1]), []
