@@ -100,6 +100,13 @@ def test_broken_records_may_be_left_out_one_by_one(tmp_path):
             list(read_file(tmp_path / name, "body"))
 
 
+def test_an_error_behind_a_line_that_was_left_out_still_has_its_own_line(tmp_path):
+    errors = []
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n\xff\n{"text": 3}\n')
+    assert list(read_file(path, "text", errors.append)) == [["a"]]
+    assert [str(error).split(": ")[0] for error in errors] == [f"{path}:2", f"{path}:3"]
+
+
 def test_quotes_in_a_tsv_are_text(tmp_path):
     path = write(tmp_path / "a.tsv", 'text\tlabel\n"half a quote\t1\n')
     assert list(read_documents(path)) == [['"half a quote']]

@@ -1,0 +1,513 @@
+"""Published files and folders of labelled text -> records; what a record means is for the tasks to say."""
+
+import csv
+import json
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from ..config import one_of
+from .text import PACKED_SUFFIXES, as_paths, need_pyarrow, number_lines, read_lines, refuse, unknown_column
+
+Bad = Callable[[ValueError], None]
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what UTF-8 cannot hold, and what no text does
+SHARD = re.compile(r"-\d+-of-\d+$")
+SHOWN = reprlib.Repr()  # values in messages, cut to a line
+SHOWN.maxstring = 80
+# the names that files of a split have; the last two are those of SemEval-2010 task 8
+STEMS = {
+    "train": ("train", "train_file"),
+    "valid": ("valid", "dev", "validation", "val"),
+    "test": ("test", "test_file_full"),
+}
+CLINC_PARTS = {"train": ("train", "oos_train"), "valid": ("val", "oos_val"), "test": ("test", "oos_test")}
+SNIPS_FILES = ("seq.in", "seq.out", "label")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One labelled thing as a file has it, and where it stands: "file:line", for errors."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one split, read anew each time; `part` has the keys of that split where a file holds several."""
+
+    paths: tuple[Path, ...]
+    part: tuple[str, ...] | None = None
+
+    def records(self, bad: Bad = refuse) -> Iterator[Record]:
+        """The records of every file; `bad` gets the error of each broken one and may let it pass.
+
+        Raises:
+            ValueError: a file is missing, of no known form, without records, or broken as a whole.
+        """
+        for path in self.paths:
+            read, found = READERS[format_of(path)], False
+            for record in read(path, bad) if self.part is None else read(path, bad, self.part):
+                found = True
+                yield record
+            if not found:
+                raise ValueError(f"{path}: it holds no records")
+
+
+def text_of(record: Record, name: str) -> str:
+    """The text in a field; ValueError if it is missing, blank, no string, or has NUL or half a surrogate pair."""
+    value = _value(record, name)
+    if not isinstance(value, str) or not value.strip() or NO_TEXT.search(value):
+        raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a text")
+    return value
+
+
+def label_of(record: Record, name: str) -> str:
+    """The label in a field, a number or a string, without surrounding blanks; ValueError if it is neither or blank."""
+    value = _value(record, name)
+    label = "" if isinstance(value, bool) or not isinstance(value, str | int | float) else str(value).strip()
+    if not label or NO_TEXT.search(label):
+        raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a label")
+    return label
+
+
+def _value(record: Record, name: str) -> Any:
+    if name not in record.fields:
+        raise unknown_column(record.where, name, record.fields)
+    return record.fields[name]
+
+
+def find_splits(path) -> dict[str, Source]:
+    """The sources of "train", "valid" and "test" that a path holds.
+
+    Args:
+        path: a folder with files, or SNIPS folders, called train, valid (dev, validation, val) and test, at most one
+            level down; a file of CLINC150, which holds all three; any other file, or a list of files, is "train".
+    Raises:
+        ValueError: the path is missing, or a folder has no train file or two of one split; the message lists them.
+    """
+    path, *others = as_paths(path)
+    if others:
+        return {"train": Source((path, *others))}
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if not path.is_dir() or _is_snips(path):
+        return _clinc_splits(path) if format_of(path) == "clinc150" else {"train": Source((path,))}
+    shown = [place for place in sorted(path.iterdir()) if not place.name.startswith(".")]
+    places = [shown, [file for place in shown if place.is_dir() for file in sorted(place.iterdir())]]
+    for level in places:
+        found = {split: _only(path, split, level) for split in STEMS}
+        if found["train"]:
+            return {split: Source(files) for split, files in found.items() if files}
+    labelled = ", ".join(str(file.relative_to(path)) for level in places for file in level if _is_labelled(file))
+    raise ValueError(f"{path}: it has no train file" + (f"; name one with --train: {labelled}" if labelled else ""))
+
+
+def _only(folder: Path, split: str, places: Sequence[Path]) -> tuple[Path, ...]:
+    """The one file, or the shards of it, that a split is called after."""
+    files = [place for place in places if _base(place) in STEMS[split] and _may_be_labelled(place)]
+    if len({(file.parent, _base(file), _suffix(file)) for file in files}) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in files)
+        raise ValueError(f"{folder}: several files are called {split}, name one with --{split}: {names}")
+    return tuple(files)
+
+
+def _may_be_labelled(place: Path) -> bool:
+    return _is_snips(place) if place.is_dir() else _suffix(place) in FORMATS
+
+
+def _is_labelled(place: Path) -> bool:
+    try:
+        return bool(format_of(place))
+    except ValueError:
+        return False
+
+
+def _is_snips(place: Path) -> bool:
+    return (place / "seq.in").is_file()
+
+
+def _clinc_splits(path: Path) -> dict[str, Source]:
+    keys = _document(path)
+    parts = {split: tuple(key for key in names if key in keys) for split, names in CLINC_PARTS.items()}
+    return {split: Source((path,), part) for split, part in parts.items() if part}
+
+
+def format_of(path: Path) -> str:
+    """The container that a file or folder is, a key of `READERS`: by its suffix and, where needed, its first lines.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not _is_snips(path):
+            raise ValueError(f"{path}: a folder without {SNIPS_FILES[0]}, expected a file")
+        return "snips"
+    suffix = _suffix(path)
+    one_of(f"{path}: file type", suffix, FORMATS)
+    if suffix == ".parquet" and path.suffix.lower() != suffix:
+        raise ValueError(f"{path}: parquet is compressed inside: unpack the file")
+    known = FORMATS[suffix]
+    return known if isinstance(known, str) else known(path)
+
+
+def _suffix(path: Path) -> str:
+    """The last suffix beside .gz and .zst."""
+    name = path.name.lower()
+    return Path(name.removesuffix(path.suffix.lower()) if path.suffix.lower() in PACKED_SUFFIXES else name).suffix
+
+
+def _base(path: Path) -> str:
+    """The name without suffixes, and without the number that one file of several has."""
+    return SHARD.sub("", path.name.lower().partition(_suffix(path) or "\0")[0])
+
+
+def _start(path: Path) -> list[str]:
+    """The first few lines that are not blank."""
+    return list(islice((line for line in read_lines(path, bad=lambda error: None) if line.strip()), 9))
+
+
+def _tsv_format(path: Path) -> str:
+    start = [_columns(line) for line in _start(path)[:1]]
+    return "cola" if start and len(start[0]) == 4 and start[0][1] in ("0", "1") and start[0][2] in ("", "*") else "tsv"
+
+
+# the first key of an object, behind others that hold a string or a number, and the bracket that it opens
+FIRST_LIST = re.compile(r'\s*\{\s*(?:"\w+"\s*:\s*(?:"[^"]*"|[\d.]+)\s*,\s*)*"(\w+)"\s*:\s*\[')
+
+
+def _json_format(path: Path) -> str:
+    match = FIRST_LIST.match("".join(_start(path)))
+    key = match[1] if match else None
+    return "squad" if key == "data" else "clinc150" if key in sum(CLINC_PARTS.values(), ()) else "jsonl"
+
+
+def _txt_format(path: Path) -> str:
+    start = _start(path)
+    if not start:
+        raise ValueError(f"{path}: it holds no records")
+    if re.match(r'\d+\t"', start[0]):
+        return "semeval"
+    if re.search(r"\t[01]\s*$", start[0]):
+        return "uci"
+    if len({len(_words(line)) for line in start[:2] if not line.startswith("-DOCSTART-")} - {0, 1}) == 1:
+        return "conll"
+    raise ValueError(
+        f"{path}: no labelled text: expected sentence TAB 0/1, token and tag columns, or SemEval's <e1>, <e2>"
+    )
+
+
+def _words(line: str) -> list[str]:
+    """What stands between blanks and tabs; other white space, as published sets have it, is part of a word."""
+    return re.findall(r"[^ \t\r\n]+", line)
+
+
+def _columns(line: str) -> list[str]:
+    return line.rstrip("\r\n").split("\t")
+
+
+def _by_line(fields_of: Callable[[str], dict]):
+    """The reader of a container with a record a line; `fields_of` a line raises what is wrong with it."""
+
+    def read(path: Path, bad: Bad) -> Iterator[Record]:
+        for number, line in number_lines(path, bad):
+            if line is None or not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = Record(where, fields_of(line))
+            except ValueError as error:
+                bad(ValueError(f"{where}: {error}"))
+            else:
+                yield record
+
+    return read
+
+
+def _jsonl_fields(line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON, expected one object a line: {_reason(error)}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+
+
+def _cola_fields(line: str) -> dict:
+    columns = _columns(line)
+    if len(columns) != 4:
+        raise ValueError(f"{len(columns)} fields, expected source, label, mark and sentence")
+    return dict(zip(("source", "label", "mark", "text"), columns, strict=True))
+
+
+def _uci_fields(line: str) -> dict:
+    text, _, label = line.rstrip("\r\n").rpartition("\t")
+    if label.strip() not in ("0", "1"):
+        raise ValueError(f"expected a sentence, a tab and 0 or 1, got {SHOWN.repr(line)}")
+    return {"text": text, "label": label.strip()}
+
+
+def _table(separator: str, quoting: int):
+    """The reader of rows below a line of column names."""
+
+    def read(path: Path, bad: Bad) -> Iterator[Record]:
+        csv.field_size_limit(1 << 30)  # the default refuses a field beyond 128 KB
+        header = None
+
+        def let(error: ValueError) -> None:
+            (bad if header else refuse)(error)  # without its names no row is worth anything
+
+        lines = (line or "" for _, line in number_lines(path, let))
+        rows = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+        for where, row in _rows(rows, path, let):
+            if header is None:
+                header = _header(row, where)
+            elif len(row) != len(header):
+                bad(ValueError(f"{where}: {len(row)} fields, the header has {len(header)}"))
+            else:
+                yield Record(where, dict(zip(header, row, strict=True)))
+
+    return read
+
+
+def _rows(rows, path: Path, bad: Bad) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", row) of the rows that are neither empty nor broken."""
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            bad(ValueError(f"{path}:{rows.line_num}: {error}"))
+            continue
+        if row is None:
+            return
+        if row:
+            yield f"{path}:{rows.line_num}", row
+
+
+def _header(row: list[str], where: str) -> list[str]:
+    twice = next((name for i, name in enumerate(row) if name and name in row[:i]), None)
+    if twice is not None:
+        raise ValueError(f"{where}: two columns are called {SHOWN.repr(twice)}")
+    return row
+
+
+def _read_parquet(path: Path, bad: Bad) -> Iterator[Record]:
+    pyarrow = need_pyarrow(path)
+    try:
+        row = 0
+        with pyarrow.parquet.ParquetFile(path) as table:
+            _header(table.schema_arrow.names, str(path))
+            for batch in table.iter_batches(batch_size=64):
+                for fields in batch.to_pylist():
+                    row += 1
+                    yield Record(f"{path}: row {row}", fields)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {str(error).partition(chr(10))[0]}") from None
+
+
+def _read_snips(path: Path, bad: Bad) -> Iterator[Record]:
+    files = [path / name for name in SNIPS_FILES]
+    for number, lines in enumerate(zip_longest(*(number_lines(file, bad) for file in files)), 1):
+        ended = [file for file, line in zip(files, lines, strict=True) if line is None]
+        texts = [line[1] for line in lines if line is not None]
+        if None in texts or not any(text.strip() for text in texts):
+            continue
+        if ended:
+            raise ValueError(
+                f"{ended[0]}:{number}: no such line, which {', '.join(SNIPS_FILES)} need for each sentence"
+            )
+        tokens, tags, label = _words(texts[0]), _words(texts[1]), texts[2].strip()
+        if len(tokens) != len(tags):
+            bad(ValueError(f"{files[1]}:{number}: {len(tags)} tags, {SNIPS_FILES[0]} has {len(tokens)} tokens"))
+        else:
+            yield Record(f"{files[0]}:{number}", {"tokens": tokens, "tags": tags, "label": label})
+
+
+def _read_conll(path: Path, bad: Bad) -> Iterator[Record]:
+    width = 0
+    for sentence in _sentences(number_lines(path, bad)):
+        rows = [(number, _words(line)) for number, line in sentence if line is not None]
+        width = width or max((len(words) for _, words in rows[:1]), default=0)
+        wrong = next(((number, words) for number, words in rows if len(words) != width or width < 2), None)
+        if wrong:
+            expected = f"the lines before have {width}" if width > 1 else "expected a token and its tag"
+            bad(ValueError(f"{path}:{wrong[0]}: columns={len(wrong[1])}, {expected}"))
+        elif len(rows) == len(sentence):
+            tokens, tags = ([words[i] for _, words in rows] for i in (0, -1))
+            yield Record(f"{path}:{rows[0][0]}", {"tokens": tokens, "tags": tags})
+
+
+def _sentences(lines: Iterator[tuple[int, str | None]]) -> Iterator[list[tuple[int, str | None]]]:
+    """The numbered lines between blank ones and the marks of a document's start."""
+    sentence = []
+    for number, line in lines:
+        if line is None or (_words(line) and not line.startswith("-DOCSTART-")):
+            sentence.append((number, line))
+        elif sentence:
+            yield sentence
+            sentence = []
+    if sentence:
+        yield sentence
+
+
+MARKERS = (["<e1>", "</e1>", "<e2>", "</e2>"], ["<e2>", "</e2>", "<e1>", "</e1>"])
+
+
+def _read_semeval(path: Path, bad: Bad) -> Iterator[Record]:
+    for number, lines in _blocks(number_lines(path, bad), path, bad):
+        try:
+            record = _marked(f"{path}:{number}", *lines)
+        except ValueError as error:
+            bad(error)
+        else:
+            yield record
+
+
+def _blocks(lines, path: Path, bad: Bad) -> Iterator[tuple[int, list[str]]]:
+    """(line number, [sentence, relation…]) without comments; one with a line that is no text is left out."""
+    block, start = None, 0
+    for number, line in lines:
+        if line is None:
+            block = None
+        elif re.match(r"\d+\t", line):
+            if block:
+                yield start, block
+            block, start = [line], number
+        elif line.strip() and not line.startswith("Comment"):
+            if block is None:
+                bad(ValueError(f"{path}:{number}: a relation without a sentence: {SHOWN.repr(line.strip())}"))
+            else:
+                block.append(line)
+    if block:
+        yield start, block
+
+
+def _marked(where: str, sentence: str, *relations: str) -> Record:
+    number, _, text = sentence.strip().partition("\t")
+    if len(text) < 2 or not text[0] == text[-1] == '"':
+        raise ValueError(f"{where}: text={SHOWN.repr(text)} is not in quotation marks")
+    if re.findall("</?e[12]>", text) not in MARKERS:
+        raise ValueError(f"{where}: text={SHOWN.repr(text)} needs one <e1>…</e1> and one <e2>…</e2>")
+    if len(relations) > 1:
+        raise ValueError(f"{where}: {len(relations)} relations, expected one below the sentence")
+    label = {"label": relations[0].strip()} if relations else {}
+    return Record(where, {"id": number, "text": text[1:-1]} | label)
+
+
+def _document(path: Path) -> dict:
+    """A file that is one JSON object."""
+    try:
+        document = json.loads("".join(read_lines(path)))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: broken JSON: {_reason(error)}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _field(value, name: str, kind: type, where: str, *default):
+    """A key's value of an object that a document has to hold, of one type."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    if name not in value and default:
+        return default[0]
+    if name not in value:
+        raise unknown_column(where, name, value)
+    if type(value[name]) is not kind:
+        raise ValueError(f"{where}: {name}={SHOWN.repr(value[name])} is not of type {kind.__name__}")
+    return value[name]
+
+
+def _read_squad(path: Path, bad: Bad) -> Iterator[Record]:
+    seen: set[str] = set()
+
+    def items(value, name, where) -> Iterator[tuple[str, Any]]:
+        try:
+            found = _field(value, name, list, where)
+        except ValueError as error:
+            return bad(error)
+        yield from ((f"{where}, {name} {i}", item) for i, item in enumerate(found, 1))
+
+    articles = _field(_document(path), "data", list, str(path))
+    for i, article in enumerate(articles, 1):
+        for place, paragraph in items(article, "paragraphs", f"{path}: article {i}"):
+            for where, question in items(paragraph, "qas", place):
+                try:
+                    record = _question(path, article, paragraph, question, where, seen)
+                except ValueError as error:
+                    bad(error)
+                else:
+                    yield record
+
+
+def _question(path: Path, article: dict, paragraph: dict, question: dict, where: str, seen: set[str]) -> Record:
+    name = _field(question, "id", str, where)
+    if name in seen:
+        raise ValueError(f"{where}: id={SHOWN.repr(name)} is the id of an earlier question, too")
+    seen.add(name)
+    where = f"{path}: question {SHOWN.repr(name)}"
+    impossible = _field(question, "is_impossible", bool, where, False)
+    answers = _field(question, "answers", list, where, *([[]] if impossible else []))
+    fields = {
+        "id": name,
+        "title": _field(article, "title", str, where, ""),
+        "context": _field(paragraph, "context", str, where),
+        "question": _field(question, "question", str, where),
+        "answers": [_answer(answer, f"{where}, answer {i}") for i, answer in enumerate(answers, 1)],
+        "is_impossible": impossible,
+    }
+    return Record(where, fields)
+
+
+def _answer(answer: dict, where: str) -> dict:
+    return {"text": _field(answer, "text", str, where), "answer_start": _field(answer, "answer_start", int, where)}
+
+
+def _read_clinc(path: Path, bad: Bad, part: tuple[str, ...] | None = None) -> Iterator[Record]:
+    document = _document(path)
+    for key in part or document:
+        for i, item in enumerate(_field(document, key, list, str(path)), 1):
+            where = f"{path}: {key} {i}"
+            if isinstance(item, list) and len(item) == 2 and all(isinstance(value, str) for value in item):
+                yield Record(where, {"text": item[0], "label": item[1]})
+            else:
+                bad(ValueError(f"{where}: expected [text, intent], got {SHOWN.repr(item)}"))
+
+
+# what a suffix stands for, or the function that looks into the file
+FORMATS = {
+    ".csv": "csv",
+    ".tsv": _tsv_format,
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": _json_format,
+    ".parquet": "parquet",
+    ".txt": _txt_format,
+    ".conll": "conll",
+    ".iob": "conll",
+    ".bio": "conll",
+}
+# every container: a file or folder, and what gets the error of each broken record -> records
+READERS = {
+    "csv": _table(",", csv.QUOTE_MINIMAL),
+    "tsv": _table("\t", csv.QUOTE_NONE),  # published unquoted: a quotation mark there is a character of the text
+    "jsonl": _by_line(_jsonl_fields),
+    "parquet": _read_parquet,
+    "cola": _by_line(_cola_fields),
+    "uci": _by_line(_uci_fields),
+    "snips": _read_snips,
+    "conll": _read_conll,
+    "semeval": _read_semeval,
+    "squad": _read_squad,
+    "clinc150": _read_clinc,
+}
