@@ -66,6 +66,7 @@ from .flags import (
     Lr,
     Out,
     PairColumn,
+    Parallel,
     Pickle,
     Resume,
     SaveEvery,
@@ -110,6 +111,7 @@ def finetune(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    parallel: Parallel = "ddp",
     backend: Backend = "auto",
     resume: Resume = False,
     allow_pickle: Pickle = False,
@@ -142,7 +144,7 @@ def finetune(
     }
     epoch = max(1, math.ceil(len(parts["train"]) / batch_size / accumulate))
     config = TrainConfig(
-        **pick(options, "lr warmup weight_decay clip accumulate seed dtype save_every keep_last log_every"),
+        **pick(options, "lr warmup weight_decay clip accumulate seed dtype save_every keep_last log_every parallel"),
         steps=max(1, round(epochs * epoch)) if steps is None else steps,
         eval_every=epoch if eval_every is None else eval_every,
         device=device,

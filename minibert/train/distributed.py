@@ -2,7 +2,8 @@
 
 torchrun starts them, and says who each is in RANK, WORLD_SIZE and LOCAL_RANK. The micro-batches of a step are dealt out
 in turn, so that together they are the same whatever the number of processes, and dropout is keyed on sequences: what is
-computed does not depend on who computes it, but for the order of sums. Rank 0 alone writes, prints and evaluates.
+computed does not depend on who computes it, but for the order of sums. Rank 0 alone writes, prints and evaluates;
+`sharded.py` is the World in which no rank has the whole model.
 Alone there is no process group, and every function here hands back what it was given.
 """
 

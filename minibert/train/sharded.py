@@ -1,7 +1,7 @@
 """A model divided among processes: of every parameter, its gradient and its moments, each keeps some rows (FSDP2).
 
-Between steps a parameter is a DTensor, cut along its first axis. Around the forward and the backward pass of a block its
-weights are gathered, and in there they are plain tensors: no op of the model sees a DTensor. Embeddings, heads and
+Between steps a parameter is a DTensor, cut along its first axis. For the forward and the backward pass of a block its
+weights are gathered, and there they are plain tensors: no op of the model sees a DTensor. Embeddings, heads and
 whatever else is in no block are one more group, in which a decoder and the word embedding that it is tied to meet.
 """
 
@@ -115,4 +115,6 @@ def _share(value: Tensor, parameter: Tensor | None) -> Tensor:
     """This rank's rows of what every rank has read; scalars, and what is divided already, as they are."""
     if parameter is None or value.ndim == 0 or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
