@@ -147,12 +147,17 @@ PRESETS = {
 }
 
 
+SHOWN = 20  # names in a message
+
+
 def one_of(field: str, value: Any, known) -> None:
     """Raise ValueError unless value is in known; the message offers the nearest name."""
     if value not in list(known):
         near = difflib.get_close_matches(str(value), list(known), 1)
         hint = f": did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field}={value!r} is not one of {', '.join(known)}{hint}")
+        names = list(map(str, known))
+        shown = ", ".join(names if len(names) <= SHOWN else [*names[:SHOWN], f"… ({len(names)} in all)"])
+        raise ValueError(f"{field}={value!r} is not one of {shown}{hint}")
 
 
 def refuse_unknown(given, config, where: str = "config") -> None:

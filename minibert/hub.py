@@ -7,7 +7,7 @@ verifies wherever it is there.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -368,10 +368,10 @@ def load_state_into(
     return tuple(fresh)
 
 
-def hf_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of `model` under Hugging Face's names, tied weights once."""
+def hf_state(model: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The parameters of `model`, or those given for them, under Hugging Face's names, tied weights once."""
     state = {}
-    for ours, value in model.named_parameters():
+    for ours, value in (parameters or dict(model.named_parameters())).items():
         names = hf_names(ours)
         parts = value.detach().chunk(len(names)) if len(names) > 1 else (value.detach(),)
         state |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
@@ -405,17 +405,21 @@ def hf_config(config: BertConfig, architecture: str) -> dict[str, Any]:
     return values | extra | ({} if slots == SLOTS else slots)
 
 
-def save_pretrained(model: nn.Module, directory, tokenizer=None) -> None:
+def save_pretrained(
+    model: nn.Module, directory, tokenizer=None, parameters: Mapping[str, Tensor] | None = None
+) -> None:
     """Write config, weights (safetensors), tokenizer and manifest; transformers loads the result unchanged.
 
-    Each file is written beside its place and renamed, the manifest last.
+    `parameters`, by name, stand for the model's own where it has only its share of them. Each file is written beside
+    its place and renamed, the manifest last.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = hf_config(model.config, model.objective)
     config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     write_atomically(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    weights = safetensors.torch.save({name: value.cpu() for name, value in hf_state(model).items()}, {"format": "pt"})
+    state = {name: value.cpu() for name, value in hf_state(model, parameters).items()}
+    weights = safetensors.torch.save(state, {"format": "pt"})
     write_atomically(directory / WEIGHTS, weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

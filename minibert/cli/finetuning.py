@@ -18,7 +18,6 @@ from ..tasks import (
     TASKS,
     Example,
     Task,
-    draw_examples,
     make_task,
     pretraining,
     read_examples,
@@ -66,6 +65,7 @@ from .flags import (
     Options,
     Out,
     PairColumn,
+    Parallel,
     Pickle,
     Resume,
     SaveEvery,
@@ -76,7 +76,7 @@ from .flags import (
     Warmup,
 )
 
-TRAINING = "lr warmup weight_decay clip accumulate dtype save_every keep_last log_every"
+TRAINING = "lr warmup weight_decay clip accumulate dtype save_every keep_last log_every parallel"
 
 
 def finetune(
@@ -115,6 +115,7 @@ def finetune(
     seeds: Annotated[int, "so many runs, with --seed and those after it: mean and standard deviation"] = 1,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    parallel: Parallel = "ddp",
     backend: Backend = "auto",
     resume: Resume = False,
     allow_pickle: Pickle = False,
@@ -146,7 +147,9 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
     with claim(out, options["resume"]) as run:
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
-        flags = pick(options, TRAINING + " seed device batch_size epochs steps eval_every scratch backend allow_pickle")
+        flags = pick(
+            options, TRAINING + " seed device batch_size epochs steps eval_every scratch backend allow_pickle max_train"
+        )
         fit(task, {k: parts[k] for k in ("train", "valid")}, source, run, say=say, **flags)
     return report_best(out, parts, options) if World.current().leads else {}
 
@@ -178,7 +181,6 @@ def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
             parts["train"], parts[split] = split_examples(parts["train"], fraction, options["seed"])
     if not parts["train"]:
         raise ValueError(f"{sources['train'].paths[0]}: nothing is left to learn from beside the held-out examples")
-    parts["train"] = draw_examples(parts["train"], options["max_train"], options["seed"])
     return parts
 
 
@@ -193,7 +195,7 @@ def check_labelled(examples: list[Example], source: Source) -> None:
 def report_best(out: Path, parts: dict[str, list[Example]], options: dict[str, Any]) -> dict[str, dict]:
     """Print and keep what the best checkpoint reaches on the held-out examples, and on the test set."""
     best = resolve_model(out)
-    network = load(model_kind(best, False), best, options["device"], options["backend"], False)
+    network = load(head_of(best), best, options["device"], options["backend"], False)
     task, tokenizer, results = task_of(network), Tokenizer.from_pretrained(best), {}
     for split in ("valid", "test"):
         if split in parts:
@@ -238,8 +240,8 @@ def evaluate(
     Example: minibert evaluate --model runs/reviews --data test.csv --json
     """
     source, device = resolve_model(model), resolve_device(device)
-    tokenizer, kind = Tokenizer.from_pretrained(source), model_kind(source, allow_pickle)
-    if any(task.head is kind for task in TASKS.values()):
+    tokenizer, kind = Tokenizer.from_pretrained(source), head_of(source, allow_pickle)
+    if kind is not None:
         network = load(kind, source, device, backend, allow_pickle)
         task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
         found = find_splits(data[0] if len(data) == 1 else data)
@@ -301,8 +303,8 @@ def predict(
     if out is not None and (Path(out).exists() or not Path(out).parent.is_dir()):
         raise ValueError(f"--out {out}: expected a new file in a directory that exists")
     source = resolve_model(model)
-    kind = model_kind(source, allow_pickle)
-    if not any(task.head is kind for task in TASKS.values()):
+    kind = head_of(source, allow_pickle)
+    if kind is None:
         raise ValueError(f"{source} has no head of a task: fine-tune it first")
     network = load(kind, source, resolve_device(device), backend, allow_pickle)
     task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
@@ -314,6 +316,13 @@ def predict(
     answers = answer(task, network, Tokenizer.from_pretrained(source), examples)
     write_answers(map(printable, answers), task, out, json)
     bad.summary()
+
+
+def head_of(source: Path, allow_pickle: bool = False) -> type | None:
+    """The class of a fine-tuned model; None where it has no head of a task."""
+    task = TASKS.get(load_config(source).finetuning_task)
+    kind = task.head if task else model_kind(source, allow_pickle)
+    return kind if any(task.head is kind for task in TASKS.values()) else None
 
 
 def with_flags(task: Task, flags: dict[str, Any]) -> Task:

@@ -50,6 +50,7 @@ from .flags import (
     LogEvery,
     Lr,
     Out,
+    Parallel,
     Pickle,
     Resume,
     SaveEvery,
@@ -62,7 +63,7 @@ SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
 STEPS = 1000  # where neither steps nor minutes are given
 TRAINING = """steps minutes optimizer lr warmup schedule final_lr decay power weight_decay beta1 beta2 eps clip
 accumulate ramp ema spike skip patience seed dtype eval_every eval_batches save_every keep_last log_every
-writer"""
+writer parallel"""
 SAMPLING = "seed batch_tokens max_length mask_rate mask_unit whole_word max_span mask_count all_mask objectives"
 
 
@@ -122,6 +123,7 @@ def pretrain(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    parallel: Parallel = "ddp",
     backend: Backend = "auto",
     resume: Resume = False,
     allow_pickle: Pickle = False,

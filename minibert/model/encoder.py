@@ -1,6 +1,6 @@
 """Embeddings, blocks, encoder, pooler, and `BertModel`, which puts them together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -103,9 +103,9 @@ class Bert(nn.Module):
         """A model with the weights of a Hugging Face directory; see `minibert.hub.from_pretrained`."""
         return hub.from_pretrained(cls, directory, backend=backend, allow_pickle=allow_pickle, **config_changes)
 
-    def save_pretrained(self, directory, tokenizer=None) -> None:
+    def save_pretrained(self, directory, tokenizer=None, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Write a directory that Hugging Face's BERT loads; see `minibert.hub.save_pretrained`."""
-        hub.save_pretrained(self, directory, tokenizer)
+        hub.save_pretrained(self, directory, tokenizer, parameters)
 
     def __call__(self, *args, return_dict: bool = True, **kwargs) -> Output | tuple:
         """`forward`; with `return_dict=False` the fields that are there, as a tuple."""

@@ -13,7 +13,7 @@ from ..data.rows import Row, RowData
 from ..data.tokenizer import Tokenizer
 from ..train import Result, Run, TrainConfig, train
 from . import task_of
-from .base import Example, Task, evaluate
+from .base import Example, Task, draw_examples, evaluate
 
 
 def finetune(
@@ -26,6 +26,7 @@ def finetune(
     epochs: float = 3,
     steps: int | None = None,
     eval_every: int | None = None,
+    max_train: int | None = None,
     scratch: bool = False,
     backend: str = "auto",
     allow_pickle: bool = False,
@@ -40,6 +41,7 @@ def finetune(
         init: a Hugging Face directory, or a checkpoint of a run, with its tokenizer.
         batch_size: examples of a micro-batch. epochs: passes over the examples, where `steps` is None.
         eval_every: steps between evaluations, None for one an epoch.
+        max_train: learn from so many examples, drawn by the seed; labels are known from all.
         scratch: take architecture and tokenizer of `init`, and draw new weights.
         training: other fields of `TrainConfig`.
     Raises:
@@ -49,7 +51,9 @@ def finetune(
         if value <= 0:
             raise ValueError(f"{name}={value} is not positive")
     seed = training.get("seed", 0)
-    network, tokenizer = new_model(task, parts["train"], init, seed, scratch, backend, allow_pickle)
+    everything = [example for examples in parts.values() for example in examples]
+    network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
+    parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
     say(f"new parameters: {'all' if scratch else ', '.join(network.new_parameters) or 'none'}")
     encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}

@@ -31,13 +31,16 @@ class Average:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for p, mean in zip(self.params, self.means, strict=True):
-            p.data, mean.data = mean.data, p.data
+            kept = p.clone()  # values, not storages: a share of a parameter is seen through other tensors, too
+            p.copy_(mean)
+            mean.copy_(kept)
 
     def trained(self) -> dict[str, Tensor]:
         """The weights themselves, while the means are in place."""
-        return {name: mean.cpu() for name, mean in zip(self.names, self.means, strict=True)}
+        return dict(zip(self.names, self.means, strict=True))
 
     @torch.no_grad()
     def load(self, trained: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -105,12 +106,22 @@ def steps(run_dir) -> list[int]:
     return sorted(int(match[1]) for match in map(STEP.fullmatch, names) if match)
 
 
-def save(run_dir, step: int, write: Callable[[Path], None], *, keep_last: int = 2, best: int | None = None) -> Path:
+def save(
+    run_dir,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    keep_last: int = 2,
+    best: int | None = None,
+    once: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+) -> Path:
     """Write a checkpoint, then remove those that are neither among the last `keep_last` nor that of step `best`.
 
     Args:
         step: number of optimizer steps done. A step that is already saved whole is left as it is.
         write: puts the files into the directory it is given.
+        once: where several processes save together, does in one of them what only one may do, see `World.once`;
+            `write` is called in all.
     Returns:
         `run_dir/step-N`.
     Raises:
@@ -118,25 +129,18 @@ def save(run_dir, step: int, write: Callable[[Path], None], *, keep_last: int = 
             possible, and every earlier checkpoint is as it was.
     """
     target = Path(run_dir) / f"step-{step}"
-    if not target.exists() or is_damaged(target):
-        _write(target, write)
-    _prune(target.parent, step, keep_last, best)
+    if once(lambda: not target.exists() or bool(is_damaged(target))):
+        _write(target, write, once)
+    once(lambda: _prune(target.parent, step, keep_last, best))
     return target
 
 
-def _write(target: Path, write: Callable[[Path], None]) -> None:
+def _write(target: Path, write: Callable[[Path], None], once: Callable[[Callable[[], Any]], Any]) -> None:
     partial = target.with_name(target.name + ".tmp")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        once(lambda: _make_empty(partial))
         write(partial)
-        for stray in partial.glob(".*"):  # safetensors writes beside and renames; a failed one may stay
-            stray.unlink()
-        write_manifest(partial, only={path.name for path in partial.iterdir()} - {MANIFEST, CARD})
-        if target.exists():
-            _remove(target)
-        partial.rename(target)
-        fsync_path(target.parent)
+        once(lambda: _finish(partial, target))
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError | SafetensorError):
@@ -145,6 +149,22 @@ def _write(target: Path, write: Callable[[Path], None]) -> None:
         earlier = [n for n in steps(target.parent) if f"step-{n}" != target.name]
         rest = f"; step-{earlier[-1]} is as it was" if earlier else ""
         raise CheckpointError(f"{target} could not be saved: {reason}{rest}") from error
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+
+
+def _finish(partial: Path, target: Path) -> None:
+    """List what was written, and give it its name."""
+    for stray in partial.glob(".*"):  # safetensors writes beside and renames; a failed one may stay
+        stray.unlink()
+    write_manifest(partial, only={path.name for path in partial.iterdir()} - {MANIFEST, CARD})
+    if target.exists():
+        _remove(target)
+    partial.rename(target)
+    fsync_path(target.parent)
 
 
 def _prune(run_dir: Path, step: int, keep_last: int, best: int | None) -> None:

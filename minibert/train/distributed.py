@@ -2,7 +2,8 @@
 
 torchrun starts them, and says who each is in RANK, WORLD_SIZE and LOCAL_RANK. The micro-batches of a step are dealt out
 in turn, so that together they are the same whatever the number of processes, and dropout is keyed on sequences: what is
-computed does not depend on who computes it, but for the order of sums. Rank 0 alone writes, prints and evaluates.
+computed does not depend on who computes it, but for the order of sums. Rank 0 alone writes, prints and evaluates;
+`sharded.py` is the World in which no rank has the whole model.
 Alone there is no process group, and every function here hands back what it was given.
 """
 
@@ -10,11 +11,12 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import safetensors.torch
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import PrefixStore, Store
@@ -73,6 +75,10 @@ class World:
         if local >= there:
             raise ValueError(f"process {local} of this machine has no GPU: use --nproc-per-node {there}")
         return torch.device("cuda", local)
+
+    def host(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model as it lies in this process, changed in place."""
+        return model.to(device)
 
     def deal(self, data, cursor: int, count: int) -> tuple[list[Batch], int]:
         """The batches of this rank among the next `count`: number i is rank i % size's. And the cursor behind all."""
@@ -165,6 +171,35 @@ class World:
     def reducing(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch: gradients travel with the last one of a step only."""
         return contextlib.nullcontext() if last or self.size == 1 else module.no_sync()
+
+    def clip(self, model: nn.Module, limit: float) -> Tensor:
+        """Scale the gradient down to a norm of `limit`; returns the norm that it had."""
+        return nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    def measure(self, model: nn.Module, work: Callable[[], T]) -> T:
+        """What `work`, which calls the model, returns on rank 0."""
+        return self.once(work)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors like the model's, for rank 0 to write; every rank asks for them."""
+        return tensors
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """A file of tensors, from all ranks together."""
+        # not save_file, whose files only their owner may read
+        self.once(lambda: path.write_bytes(safetensors.torch.save(dict(tensors))))
+
+    def read(self, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `write` wrote, in this World or another, as far as this rank needs it.
+
+        Args:
+            parameters: of the model, by name; a tensor is named and shaped as one, or named as one with a suffix.
+        """
+        if path.is_file():
+            return safetensors.torch.load_file(path)
+        from .sharded import read_shares  # imports half a second of torch
+
+        return read_shares(path, parameters)
 
 
 def _broadcast(value: Any) -> Any:

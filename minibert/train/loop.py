@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from .writers import WRITERS
 
 Dtype = Literal["float32", "bfloat16"]
 Mode = Literal["lower", "higher"]
+Parallel = Literal["ddp", "fsdp"]
 OPTIMIZER = "optimizer.safetensors"
 TRAINED = "trained.safetensors"  # the weights themselves, where model.safetensors holds their average
 DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
@@ -51,7 +51,8 @@ FREE = (
     "save_every",
     "keep_last",
     "writer",
-)  # the only fields that a resumed run may change: neither weights nor log depend on them
+    "parallel",
+)  # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
 logger = logging.getLogger(__name__)
 
 
@@ -94,6 +95,7 @@ class TrainConfig:
     dtype: bfloat16 is autocast; weights and optimizer stay float32.
     eval_batches: handed to the evaluation, None for everything.
     writer: a word of `WRITERS`, which gets the numbers of metrics.jsonl too.
+    parallel: what each of several processes has of the model: all of it (ddp), or a share (fsdp).
     best_metric: the evaluation's number whose best checkpoint is kept, best_mode whether lower or higher is better.
     Raises ValueError, naming field, value and what is expected.
     """
@@ -129,6 +131,7 @@ class TrainConfig:
     log_every: int = 10
     writer: str | None = None
     device: str = "cpu"
+    parallel: Parallel = "ddp"
 
     def __post_init__(self):
         if (self.steps is None) == (self.minutes is None):
@@ -167,6 +170,7 @@ class TrainConfig:
             one_of("writer", self.writer, WRITERS)
         one_of("dtype", self.dtype, get_args(Dtype))
         one_of("best_mode", self.best_mode, get_args(Mode))
+        one_of("parallel", self.parallel, get_args(Parallel))
         check_device(self.device)
 
     @property
@@ -230,7 +234,7 @@ def train(
     """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
 
     Within `join`, together with the other processes: the micro-batches of a step are dealt out, rank 0 evaluates and
-    writes. Every process passes the same arguments.
+    writes. Every process passes the same arguments. With parallel="fsdp" the model stays divided, and all evaluate.
     Args:
         model: called as `model(batch, seed=int)`, saved with `save_pretrained`; its initial weights are the caller's.
         evaluate: called as `evaluate(model, config.eval_batches)` in eval mode, without gradients and under the run's
@@ -258,11 +262,19 @@ class Trainer:
         self.world = World.current()
         self.world.once(lambda: self.world.check(config.accumulate))
         self.device = self.world.place(check_device(config.device))
-        self.model, self.data, self.evaluate = model.to(self.device), data, evaluate
+        if config.parallel == "fsdp" and self.world.size > 1:
+            from .sharded import Sharded  # imports half a second of torch
+
+            self.world = Sharded.current()
+        self.data, self.evaluate = data, evaluate
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
         self.weights = dict(weights or {})
         settings = {"model": model.config.to_dict(), "weights": self.weights, **settings}
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
+        directory, state = self.world.once(self._find) if run.resume else (None, None)
+        if directory is not None:
+            hub.load_into(model, directory)  # while it is whole
+        self.model = self.world.host(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
         self.average = None if config.ema is None else Average(model, config.ema)
@@ -270,8 +282,10 @@ class Trainer:
         self.step = self.cursor = 0
         self.best, self.metrics, self.checkpoint = None, {}, None
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
+        if directory is not None:
+            self.load(directory, state)
         if run.resume:
-            self.load()
+            self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
         self.losses = Losses(self.model)
 
     def run(self) -> Result:
@@ -377,7 +391,7 @@ class Trainer:
                 factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
                 sum(means[name] * factor for name, factor in factors.items()).backward()
             losses.append(torch.stack([mean.detach().float() for mean in means.values()]))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
+        norm = world.clip(self.model, self.config.clip or math.inf)
         return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
@@ -436,7 +450,7 @@ class Trainer:
         config = self.config
         self.model.eval()
         with torch.no_grad(), self._autocast():
-            self.metrics = self.world.once(self._measure)
+            self.metrics = self.world.measure(self.model, self._measure)
         self.model.train()
         if config.best_metric is None:
             return False
@@ -456,17 +470,22 @@ class Trainer:
         """Write the checkpoint of this step."""
         best = self.best and self.best["step"]
         keep_last = self.config.keep_last
-        self.checkpoint = self.world.once(
-            lambda: checkpoint.save(self.path, self.step, self._write, keep_last=keep_last, best=best)
+        self.checkpoint = checkpoint.save(
+            self.path, self.step, self._write, keep_last=keep_last, best=best, once=self.world.once
         )
 
     def _write(self, directory: Path) -> None:
+        world = self.world
         with self._averaged():
-            self.model.save_pretrained(directory, self.tokenizer)
+            weights = world.whole(dict(self.model.named_parameters()))
+            world.once(lambda: self.model.save_pretrained(directory, self.tokenizer, weights))
             if self.average:
-                (directory / TRAINED).write_bytes(safetensors.torch.save(self.average.trained()))
-        # not save_file, whose files only their owner may read
-        (directory / OPTIMIZER).write_bytes(safetensors.torch.save(optimizer_state(self.model, self.optimizer)))
+                world.write(directory / TRAINED, self.average.trained())
+        world.write(directory / OPTIMIZER, optimizer_state(self.model, self.optimizer))
+        world.once(lambda: self._describe(directory))
+
+    def _describe(self, directory: Path) -> None:
+        """Write what a checkpoint holds beside tensors."""
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
         state["guard"] = self.guard.state
         if self.config.minutes is not None:  # without, the bytes do not depend on the clock
@@ -475,19 +494,22 @@ class Trainer:
         (directory / "trainer.json").write_text(text + "\n", encoding="utf-8")
         write_card(directory, self.path, self.model, state)
 
-    def load(self) -> None:
-        """Put the newest whole checkpoint's state back, and cut the log to its step; without one, start at step 0."""
-        directory, state = self.world.once(self._find)
-        if directory is not None:
-            hub.load_into(self.model, directory)
-            _load_tensors(directory / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
-            if self.average:
-                _load_tensors(directory / TRAINED, self.average.load)
-            self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
-            self.best, self.metrics = state["best"], state["metrics"]
-            self.guard.load(state.get("guard", {}))
-            self.started -= state.get("seconds", 0.0)
-        self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
+    def load(self, directory: Path, state: dict) -> None:
+        """Put back what a checkpoint holds beside the weights that the model has already."""
+        self._load_tensors(directory / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
+        if self.average:
+            self._load_tensors(directory / TRAINED, self.average.load)
+        self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
+        self.best, self.metrics = state["best"], state["metrics"]
+        self.guard.load(state.get("guard", {}))
+        self.started -= state.get("seconds", 0.0)
+
+    def _load_tensors(self, path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
+        """Hand a file's tensors to `load`; an error names the file."""
+        try:
+            load(self.world.read(path, dict(self.model.named_parameters())))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def _find(self) -> tuple[Path | None, dict | None]:
         """The checkpoint to continue from and its `trainer.json`, or None; refused where it is of another run."""
@@ -524,14 +546,6 @@ def _signals() -> Iterator[list[int]]:
         yield came
     finally:
         restore()
-
-
-def _load_tensors(path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
-    """Hand a file's tensors to `load`; an error names the file."""
-    try:
-        load(safetensors.torch.load_file(path))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _refuse_changes(saved, now, run_dir, name: str = "") -> None:

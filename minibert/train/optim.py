@@ -62,8 +62,14 @@ class Lamb(torch.optim.Optimizer):
                 states = [self._state_of(p) for p in params]
                 steps, exp_avgs, exp_avg_sqs = ([state[moment] for state in states] for moment in MOMENTS)
                 torch._foreach_add_(steps, 1)
-                options = {name: group[name] for name in self.defaults}
-                lamb_step(params, [p.grad for p in params], exp_avgs, exp_avg_sqs, step=torch.stack(steps), **options)
+                options = {name: group[name] for name in self.defaults} | {"step": torch.stack(steps)}
+                tensors = [params, [p.grad for p in params], exp_avgs, exp_avg_sqs]
+                if hasattr(params[0], "to_local"):  # a DTensor, which the kernels do not know
+                    if group["adapt"]:  # in plain torch the norms are those of all ranks
+                        options["backend"] = "reference"
+                    else:
+                        tensors = [[tensor.to_local() for tensor in each] for each in tensors]
+                lamb_step(*tensors, **options)
         return loss
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
@@ -108,7 +114,7 @@ def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as `<parameter>.<moment>`; a parameter that never had a gradient has none."""
     return {
-        f"{name}.{moment}": optimizer.state[p][moment].detach().cpu()
+        f"{name}.{moment}": optimizer.state[p][moment].detach()
         for name, p in model.named_parameters()
         for moment in moments_of(optimizer)
         if optimizer.state.get(p, {}).get(moment) is not None

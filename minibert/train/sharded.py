@@ -1,0 +1,120 @@
+"""A model divided among processes: of every parameter, its gradient and its moments, each keeps some rows (FSDP2).
+
+Between steps a parameter is a DTensor, cut along its first axis. For the forward and the backward pass of a block its
+weights are gathered, and there they are plain tensors: no op of the model sees a DTensor. Embeddings, heads and
+whatever else is in no block are one more group, in which a decoder and the word embedding that it is tied to meet.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..model.encoder import Encoder
+from .distributed import PeerFailed, World
+
+T = TypeVar("T")
+
+
+class Sharded(World):
+    """A World of several processes none of which has the whole model."""
+
+    def host(self, model: nn.Module, device: torch.device) -> nn.Module:
+        mesh = init_device_mesh(device.type, (self.size,))
+        encoders = [module for module in model.modules() if isinstance(module, Encoder)]
+        for block in (block for encoder in encoders for block in encoder.layers):
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    def spread(self, losses: nn.Module, *example) -> nn.Module:
+        return losses
+
+    def reducing(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        module.model.set_requires_gradient_sync(last)
+        return contextlib.nullcontext()
+
+    def clip(self, model: nn.Module, limit: float) -> Tensor:
+        return super().clip(model, limit).full_tensor()
+
+    def measure(self, model: nn.Module, work: Callable[[], T]) -> T:
+        """Every rank works, because a forward pass needs the weights of all; what rank 0 gets is what counts."""
+        result = work()
+        model.reshard()  # embeddings and heads are whole after a forward pass, and would outlive a step
+        return self.once(lambda: result)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result = {}
+        for name, tensor in tensors.items():
+            full = tensor.full_tensor()
+            if self.leads:
+                result[name] = full.cpu()
+        return result
+
+    def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Each rank its own share, into `<stem>-00001.safetensors` and so on beside `path`."""
+        try:
+            checkpoint.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(path.parent, save_distributed=True))
+        except CheckpointException as error:
+            if not self.leads:
+                raise PeerFailed("a share of the checkpoint was not written: rank 0 says why") from None
+            raise next(iter(error.failures.values()))[0] from None
+        self.once(lambda: _name_shares(path))
+
+    def read(self, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = super().read(path, parameters)
+        return {name: _share(value, parameters.get(_owner(name, parameters))) for name, value in tensors.items()}
+
+
+def read_shares(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What any number of ranks wrote for `path`, divided as the parameters are in this process: see `World.read`.
+
+    Raises:
+        ValueError: there is none, or a tensor has another shape than its parameter. OSError: it cannot be read.
+    """
+    shares = [str(share) for share in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]
+    if not shares:
+        raise ValueError("no such file")
+    reader = HuggingFaceStorageReader(path.parent)
+    reader.fs.ls = lambda folder: shares  # of a checkpoint's other files, some have tensors of the same names
+    tensors = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        parameter = parameters.get(_owner(name, parameters))
+        if parameter is None:
+            continue
+        if len(stored.size) and stored.size != parameter.shape:
+            raise ValueError(f"{name} has shape {list(stored.size)}: expected {list(parameter.shape)}")
+        tensors[name] = torch.zeros_like(parameter.detach()) if len(stored.size) else torch.zeros(())
+    try:
+        checkpoint.load(tensors, storage_reader=reader, no_dist=World.current().size == 1)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+    return tensors
+
+
+def _name_shares(path: Path) -> None:
+    """From the names that torch gives, shard-00001-model-00001-of-00001.safetensors."""
+    for share in path.parent.glob("shard-*.safetensors"):
+        os.replace(share, path.with_stem(f"{path.stem}-{share.name.split('-')[1]}"))
+
+
+def _owner(name: str, parameters: Mapping[str, Tensor]) -> str:
+    """The parameter that a tensor belongs to: itself, or one of its moments."""
+    return name if name in parameters else name.rpartition(".")[0]
+
+
+def _share(value: Tensor, parameter: Tensor | None) -> Tensor:
+    """This rank's rows of what every rank has read; scalars, and what is divided already, as they are."""
+    if parameter is None or value.ndim == 0 or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
