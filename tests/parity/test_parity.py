@@ -362,6 +362,15 @@ def test_parity_passes_on_minilm():
     report = parity(directory)
     assert report.passed, report.first_difference
     assert sum(row.inputs == "pairs" and row.what.startswith("layer") for row in report.rows) == 6
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = BertForSentenceEmbedding.from_pretrained(directory)
+    texts = ["The ferry left the harbour before the fog had lifted.", "Yes."]
+    encoded = Tokenizer.from_pretrained(directory)(texts, padding=True, return_tensors="pt")
+    ours = torch.nn.functional.normalize(model(**encoded).sentence_embedding.detach())
+    theirs = sentence_transformers.SentenceTransformer(str(directory), device="cpu").encode(
+        texts, normalize_embeddings=True
+    )
+    assert model.new_parameters == () and scaled(ours, torch.from_numpy(theirs)) < STATE_LIMIT
 
 
 def test_the_report_of_another_architecture_is_refused_by_name(tmp_path):
