@@ -172,3 +172,26 @@ def test_a_config_survives_its_own_dictionary():
     assert BertConfig(**config.to_dict()) == config
     assert config.num_labels == 3 and config.label2id == {"bad": 0, "good": 1, "odd": 2}
     assert isinstance(config.to_dict()["id2label"], list)
+
+
+@pytest.mark.parametrize("value", ["", 3, ["ner"]])
+def test_a_task_has_a_name(value):
+    with pytest.raises(ValueError) as error:
+        BertConfig(finetuning_task=value)
+    assert str(error.value) == f"finetuning_task={value!r} is not a name"
+
+
+@pytest.mark.parametrize("value", [[1], "intents", 3, {"a": float("nan")}, {"a": {1, 2}}, {("a", "b"): 1}])
+def test_what_a_task_keeps_has_to_be_an_object_of_json(value):
+    with pytest.raises(ValueError, match="task_specific_params") as error:
+        BertConfig(task_specific_params=value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_task_keeps_is_a_copy_as_a_file_gives_it_back():
+    given = {"intents": ("ask", "tell"), "threshold": 0.25}
+    config = BertConfig(finetuning_task="joint", task_specific_params=given)
+    given["threshold"] = 1
+    assert config.task_specific_params == {"intents": ["ask", "tell"], "threshold": 0.25}
+    assert config == config.replace(classifier_dropout=None) and hash(config) == hash(config.replace())
+    assert BertConfig().finetuning_task is None and BertConfig().task_specific_params is None

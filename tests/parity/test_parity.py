@@ -11,12 +11,33 @@ from small import SIZES, build, padded, small_config
 from minibert.batch import pack
 from minibert.data.tokenizer import Tokenizer
 from minibert.hub import hf_state, load_state
-from minibert.integrations.parity import GRADIENT_LIMIT, STATE_LIMIT, compare, inputs, load_theirs, parity, scaled
-from minibert.model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
+from minibert.integrations.parity import (
+    GRADIENT_LIMIT,
+    STATE_LIMIT,
+    compare,
+    gradient_errors,
+    inputs,
+    load_theirs,
+    parity,
+    scaled,
+)
+from minibert.model import (
+    MODELS,
+    BertForJointClassification,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForRelationExtraction,
+    BertForSentenceEmbedding,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 transformers = pytest.importorskip("transformers")
 WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "weights"
-KINDS = list(MODELS.values())
+KINDS = [kind for kind in MODELS.values() if hasattr(transformers, kind.__name__)]
 SIZES = SIZES | {"max_position_embeddings": 32, "initializer_range": 0.3}
 
 
@@ -36,14 +57,18 @@ def theirs_at(directory, kind, seed=0, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tie", [True, False])
 def test_transformers_loads_what_we_save(tmp_path, kind, tie):
-    model = build(kind, tie_word_embeddings=tie, id2label=("no", "yes", "maybe"))
+    labels = ("no", "yes") if kind is BertForQuestionAnswering else ("no", "yes", "maybe")
+    task = {"finetuning_task": "mine", "task_specific_params": {"thresholds": [0.5, 0.25]}}
+    model = build(kind, tie_word_embeddings=tie, id2label=labels, **task)
     model.save_pretrained(tmp_path)
     theirs, info = getattr(transformers, kind.__name__).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     state = theirs.state_dict()
     for name, value in hf_state(model).items():
         assert torch.equal(state[name], value), name
-    assert theirs.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+    assert theirs.config.id2label == dict(enumerate(labels))
+    theirs.save_pretrained(tmp_path / "back")
+    assert kind.from_pretrained(tmp_path / "back").config == model.config
     assert theirs.config.layer_norm_eps == 1e-12 and theirs.config.tie_word_embeddings is tie
     assert isinstance(transformers.AutoModel.from_pretrained(tmp_path), transformers.BertModel)
 
@@ -80,14 +105,13 @@ def test_sentence_transformers_loads_what_we_save(tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     vocab = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on a mat dogs bark at night ##s ##ing play ."
     tokenizer = Tokenizer.from_vocab({piece: i for i, piece in enumerate(vocab.split())}, model_max_length=19)
-    model = build(BertModel)
+    model = build(BertForSentenceEmbedding)
     model.save_pretrained(tmp_path, tokenizer)
     texts = ["The cat sat on a mat.", "dogs barks at night", "playing"]
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(texts)
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    mask = encoded.attention_mask[..., None]
-    mean = (model(**encoded).last_hidden_state * mask).sum(1) / mask.sum(1)
-    torch.testing.assert_close(torch.from_numpy(theirs), mean.detach(), rtol=1e-4, atol=1e-5)
+    ours = model(**encoded).sentence_embedding.detach()
+    torch.testing.assert_close(torch.from_numpy(theirs), ours, rtol=1e-4, atol=1e-5)
 
 
 VARIANTS = [
@@ -99,6 +123,9 @@ VARIANTS = [
     (BertForSequenceClassification, {"num_labels": 3}),
     (BertForSequenceClassification, {"num_labels": 1}),
     (BertForSequenceClassification, {"num_labels": 3, "problem_type": "multi_label_classification"}),
+    (BertForTokenClassification, {"num_labels": 3}),
+    (BertForQuestionAnswering, {}),
+    (BertForMultipleChoice, {}),
 ]
 
 
@@ -108,8 +135,10 @@ def test_parity_passes_on_a_checkpoint_of_transformers(tmp_path, kind, changes):
     assert report.passed and report.first_difference is None, report.first_difference
     names = [row.what for row in report.rows]
     assert names[:3] == ["embeddings", "layer 1", "layer 2"]
-    assert ("pooler output" in names) == (kind is not BertForMaskedLM)
-    assert ("loss" in names) == (kind is not BertModel)
+    unpooled = (BertForMaskedLM, BertForTokenClassification, BertForQuestionAnswering)
+    assert ("pooler output" in names) == (kind not in unpooled)
+    assert ("loss" in names) == (kind not in (BertModel, BertForQuestionAnswering))
+    assert ({"start logits", "end logits"} <= set(names)) == (kind is BertForQuestionAnswering)
     places = ["embeddings", "layer 1", "layer 2"]
     assert all(any(name.startswith(f"gradients, {place} (worst: ") for name in names) for place in places)
     assert not any("missing" in name for name in names)
@@ -117,6 +146,42 @@ def test_parity_passes_on_a_checkpoint_of_transformers(tmp_path, kind, changes):
     assert summary["passed"] and summary["first_difference"] is None and len(summary["rows"]) == len(names)
     assert 0 < summary["state_error"] <= STATE_LIMIT and 0 < summary["gradient_error"] <= GRADIENT_LIMIT
     json.dumps(summary)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_answers_without_padding_have_the_loss_and_the_gradients_of_transformers(tmp_path, train):
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    theirs_at(tmp_path, BertForQuestionAnswering, **off)
+    ours = BertForQuestionAnswering.from_pretrained(tmp_path).train(train)
+    theirs = load_theirs(BertForQuestionAnswering, tmp_path).train(train)
+    batch = padded(lengths=(7, 7, 7, 7, 7))
+    batch |= {"start_positions": torch.tensor([0, 3, 7, 6, 2]), "end_positions": torch.tensor([6, 70, 2, 6, 1])}
+    a, b = ours(**batch), theirs(**batch)
+    assert a.loss > 0 and scaled(a.loss, b.loss) < STATE_LIMIT
+    a.loss.backward(), b.loss.backward()
+    errors = dict(gradient_errors(ours, theirs))
+    assert len(errors) == 4 and all(error < GRADIENT_LIMIT for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("kind", [BertForTokenClassification, BertForMultipleChoice])
+def test_ignored_labels_are_left_out_as_in_transformers(tmp_path, kind):
+    theirs_at(tmp_path, kind)
+    ours, theirs = kind.from_pretrained(tmp_path), load_theirs(kind, tmp_path)
+    batch, labels = padded(lengths=(7, 3, 5)), torch.tensor([[0, -100, 1, 1, 0, -100, 1], [1, 0, 1] + [-100] * 4] * 2)
+    labels = labels[:3].masked_fill(batch["attention_mask"] == 0, -100)
+    if kind is BertForMultipleChoice:
+        batch = {name: torch.stack([value, value.roll(1, 0)]) for name, value in batch.items()}
+        labels = torch.tensor([-100, 2])
+    a, b = ours(**batch, labels=labels), theirs(**batch, labels=labels)
+    assert a.loss > 0 and scaled(a.loss, b.loss) < STATE_LIMIT
+    assert a[1].shape == b[1].shape
+
+
+@pytest.mark.parametrize("kind", [BertForRelationExtraction, BertForJointClassification, BertForSentenceEmbedding])
+def test_transformers_reads_the_encoder_of_a_head_that_it_does_not_have(tmp_path, kind):
+    build(kind).save_pretrained(tmp_path)
+    report = parity(tmp_path)
+    assert report.passed and "layer 2" in [row.what for row in report.rows], report.first_difference
 
 
 def test_parity_passes_on_a_decoder_of_transformers(tmp_path):
@@ -297,6 +362,15 @@ def test_parity_passes_on_minilm():
     report = parity(directory)
     assert report.passed, report.first_difference
     assert sum(row.inputs == "pairs" and row.what.startswith("layer") for row in report.rows) == 6
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = BertForSentenceEmbedding.from_pretrained(directory)
+    texts = ["The ferry left the harbour before the fog had lifted.", "Yes."]
+    encoded = Tokenizer.from_pretrained(directory)(texts, padding=True, return_tensors="pt")
+    ours = torch.nn.functional.normalize(model(**encoded).sentence_embedding.detach())
+    theirs = sentence_transformers.SentenceTransformer(str(directory), device="cpu").encode(
+        texts, normalize_embeddings=True
+    )
+    assert model.new_parameters == () and scaled(ours, torch.from_numpy(theirs)) < STATE_LIMIT
 
 
 def test_the_report_of_another_architecture_is_refused_by_name(tmp_path):
