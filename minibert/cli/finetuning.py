@@ -77,6 +77,7 @@ from .flags import (
 )
 
 TRAINING = "lr warmup weight_decay clip accumulate dtype save_every keep_last log_every parallel"
+FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle"
 
 
 def finetune(

@@ -152,7 +152,7 @@ class Intent(Classification):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLabel(Classification):
-    """Any number of labels of a text: a list in jsonl, or names separated by `separator`; F1 over all (micro) and macro.
+    """Any number of labels of a text, a list in jsonl or names between `separator`; F1 over all (micro) and macro.
 
     A label is given where its probability is `threshold` or more.
     """
