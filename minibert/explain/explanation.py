@@ -97,12 +97,14 @@ def explain(
         top: tokens to keep of each guess.
         mlm: the head that guesses; by default the model's own, where it has one.
     Raises:
-        ValueError: a text too long or without a [MASK] to fill, an unknown label or baseline, a model that is causal
-            or of several labels, a head of another size, or captum is not installed.
+        ValueError: a text empty, too long or without a [MASK] to fill, an unknown label or baseline, a model that is
+            causal or of several labels, a head of another size, or captum is not installed.
     """
     one_of("baseline", baseline, BASELINES)
     if top < 1:
         raise ValueError(f"top={top} is not positive")
+    if not text.strip():
+        raise ValueError(f"text={text!r} is empty")
     mlm = check_model(model, mlm)
     encoded = tokenizer(text, pair, return_offsets_mapping=True)
     ids, types, limit = encoded.input_ids, encoded.token_type_ids, model.config.max_position_embeddings
@@ -115,8 +117,6 @@ def explain(
     model.eval()
     try:
         batch = pack([ids], [types]).to(next(model.parameters()).device)
-        if not (masks or isinstance(model, BertForSequenceClassification)):
-            raise ValueError(f"text={text!r} has no {tokenizer.mask_token}, and the model has no classifier")
         position, predictions, chosen, score = subject(model, tokenizer, batch, masks, label, top)
         guessed = () if mlm is None else tuple(masks or range(len(ids)))
         attentions, guesses = look(model, tokenizer, batch, mlm, guessed, top)
@@ -164,6 +164,8 @@ def subject(
         order = logits.argsort(descending=True).tolist() if kind_of(model) == "classification" else ()
         predictions = tuple((names[i], float(logits.softmax(-1)[i])) for i in order)
         return None, predictions, names[index], class_score(index)
+    if not masks:
+        raise ValueError(f"the text has no {tokenizer.mask_token}, and the model has no classifier")
     ctx, encoded = model.encode(batch, None)
     [predictions] = likeliest(model.mlm(encoded.last_hidden_state[masks[:1]], ctx), tokenizer, top)
     chosen = predictions[0][0] if label is None else label

@@ -138,6 +138,7 @@ def test_a_dictionary_holds_all_but_the_maps_and_is_json(classifier):
     [
         (BertForSequenceClassification, CLASSES, "good", {"label": "positiv"}, "did you mean 'positive'"),
         (BertForSequenceClassification, {}, "good", {"baseline": "zero"}, "'zero' is not one of mask, pad"),
+        (BertForSequenceClassification, {}, " ", {}, "text=' ' is empty"),
         (BertForSequenceClassification, {}, "good", {"top": 0}, "top=0 is not positive"),
         (BertForSequenceClassification, {}, "good " * 18, {}, "has 20 tokens, the model takes 19: shorten it"),
         (BertForSequenceClassification, {"problem_type": "multi_label_classification"}, "good", {}, "multi_label"),
