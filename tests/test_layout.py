@@ -25,8 +25,9 @@ ALLOWED = {
     "train": BASE | {"minibert", "minibert_kernels"},
     "tasks": BASE | {"train"},
     "profile": BASE | {"minibert", "train"},
+    "explain": BASE - {"hub", "files", PHILOX} | {"tasks"},
     "demo": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "cli"},
-    "cli": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "profile", "demo"},
+    "cli": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "profile", "explain", "demo"},
 }
 TRANSFORMERS = ("minibert/integrations/", "benchmarks/peers.py", "tests/parity/")
 

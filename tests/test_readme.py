@@ -1,6 +1,7 @@
 """What the READMEs and docs/ tell people to type works."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ from minibert.demo import REVIEWS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXPLAINING = (ROOT / "docs/explaining.md").read_text(encoding="utf-8")
 PROFILING = (ROOT / "docs/profiling.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "kernels/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = ("make ", "nsys stats ", "proton-viewer ")  # what neither minibert nor Python runs
@@ -111,6 +113,23 @@ def test_the_commands_and_the_python_about_profiling_run(tmp_path, monkeypatch, 
     memory, ops = capsys.readouterr().out.splitlines()
     assert re.match(r"\d+\.\d MB beside the weights, \d+\.\d ms into the steps; the largest: \[\d+", memory)
     assert ops.startswith("[('")
+
+
+def test_the_commands_and_the_python_about_explaining_run(saved_model, capsys):
+    pytest.importorskip("captum")
+    tokenizer = Tokenizer.from_pretrained("runs/demo/saved")
+    config = BertConfig.preset("bert-tiny", vocab_size=tokenizer.vocab_size)
+    BertForPreTraining(config).save_pretrained("runs/tiny", tokenizer)
+    Path("runs/reviews").symlink_to("demo/saved")
+    commands = minibert_commands(EXPLAINING)
+    assert [command[0] for command in commands] == ["explain"] * 4
+    for command in commands:
+        assert main([*command, "--steps", "2"]) == 0
+    assert {path.name for path in Path().glob("*.html")} == {"page.html", "negative.html", "mask.html"}
+    assert len(json.loads(capsys.readouterr().out)["explanations"]) == 1
+    for example in blocks(EXPLAINING, "python"):
+        exec(compile(example, "docs/explaining.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_the_ranges_and_kernels_that_the_recipes_choose_are_there():

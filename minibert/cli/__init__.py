@@ -13,7 +13,7 @@ import jsonargparse
 import yaml
 
 from ..train import Interrupted, NonFiniteError, PeerFailed, join, recipe_options, started
-from . import finetuning, kernels, plotting, preparing, pretraining, profiling, weights
+from . import explaining, finetuning, kernels, plotting, preparing, pretraining, profiling, weights
 
 VERBS: dict[str, Callable[..., int | None]] = {
     "demo": weights.demo,
@@ -25,6 +25,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "predict": finetuning.predict,
     "fill-mask": pretraining.fill_mask,
     "generate": pretraining.generate,
+    "explain": explaining.explain,
     "parity": weights.parity,
     "convert": weights.convert,
     "plot": plotting.plot,

@@ -132,6 +132,14 @@ CASES = {
         "nowhere.yaml: no such file",
     ),
     "mask without a head": ("fill-mask --model {checkpoint} [MASK]", "has no masked-language-model head"),
+    "explaining no text": ("explain {checkpoint} --json", "give a directory and, after it, at least one text"),
+    "explaining to nowhere": ("explain {checkpoint} lamp", "say where the page goes with --out page.html"),
+    "page in no directory": ("explain {checkpoint} lamp --out {dir}/no/page.html", "in a directory that exists"),
+    "explaining an unknown label": (
+        "explain {checkpoint} lamp --json --label positiv",
+        "label='positiv' is not one of negative, positive: did you mean 'positive'?",
+    ),
+    "guesses without a head": ("explain {checkpoint} lamp --json --mlm {checkpoint}", "has no masked-language-model"),
     "nothing to predict": ("predict --model {checkpoint}", "give texts on the command line or --data"),
     "file to predict without a text": (
         "predict --model {checkpoint} --data {dir}/good.csv --text-column txt",
