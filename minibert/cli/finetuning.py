@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from torch import nn
 
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
@@ -29,7 +30,7 @@ from ..tasks import predict as answer
 from ..tasks.base import CHUNK
 from ..tasks.finetune import finetune as fit
 from ..tasks.finetune import numbers
-from ..train import World, claim
+from ..train import Run, World
 from .common import (
     BadRecords,
     check_backend,
@@ -77,7 +78,7 @@ from .flags import (
 )
 
 TRAINING = "lr warmup weight_decay clip accumulate dtype save_every keep_last log_every parallel"
-FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle"
+FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle resume"
 
 
 def finetune(
@@ -145,13 +146,14 @@ def finetune(
 def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dict[str, dict]:
     """Fine-tune once; what the best checkpoint reaches, by split."""
     parts = read_parts(task, options)
-    with claim(out, options["resume"]) as run:
+
+    def begin(run: Run, network: nn.Module) -> None:
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
-        flags = pick(
-            options, TRAINING + " seed device batch_size epochs steps eval_every scratch backend allow_pickle max_train"
-        )
-        fit(task, {k: parts[k] for k in ("train", "valid")}, source, run, say=say, **flags)
+        say(f"new parameters: {'all' if options['scratch'] else ', '.join(network.new_parameters) or 'none'}")
+
+    fitting = {split: parts[split] for split in ("train", "valid")}
+    fit(task, fitting, source, out, begin=begin, **pick(options, TRAINING + FITTING))
     return report_best(out, parts, options) if World.current().leads else {}
 
 
