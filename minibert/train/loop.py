@@ -186,12 +186,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its steps, last evaluation, the record of the best one, and where the last checkpoint lies."""
+    """How a run ended: its steps, last evaluation, the record of the best one, and where the last checkpoint lies.
+
+    signal: what came too late to interrupt it; whoever goes on to other work should not.
+    """
 
     step: int
     metrics: dict[str, float]
     best: dict | None
     checkpoint: Path
+    signal: int | None = None
 
 
 def check_device(device: str) -> torch.device:
@@ -226,6 +230,7 @@ def train(
     parts: Callable[[Batch], dict[str, int]] = mean_over_sequences,
     weights: Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
+    moments: Path | None = None,
 ) -> Result:
     """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
 
@@ -240,12 +245,13 @@ def train(
             loss of a step is the sum of those means over all its micro-batches together: the same however it is cut.
         weights: of the losses in that sum, 1 where a name is not in it; kept with the settings.
         settings: whatever else decides the result, in JSON's types: saved, and compared when the run resumes.
+        moments: a checkpoint of a run before this one, whose optimizer's state to begin with.
     Raises:
         ValueError: settings differ from those of the run to resume, or see `claim` and `checkpoint.latest`.
         NonFiniteError: a loss or gradient is not finite. Interrupted: a signal came. OSError: disk full and the like.
     """
     with contextlib.nullcontext(run_dir) if isinstance(run_dir, Run) else claim(run_dir, resume) as run:
-        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}, weights).run()
+        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}, weights, moments).run()
 
 
 class Trainer:
@@ -253,7 +259,7 @@ class Trainer:
 
     def __init__(
         self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | None = None, moments: Path | None = None,
     ):  # fmt: skip
         self.world = World.current()
         self.world.once(lambda: self.world.check(config.accumulate))
@@ -270,6 +276,8 @@ class Trainer:
         self.step = self.cursor = 0
         self.best, self.metrics, self.checkpoint = None, {}, None
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
+        if moments:
+            _load_tensors(moments / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
         if run.resume:
             self.load()
         self.losses = Losses(self.model)
@@ -318,7 +326,8 @@ class Trainer:
                     self.save()
                 if came and not self.over:
                     self._stop(came[0])
-        return Result(self.step, self.metrics, self.best, self.checkpoint)
+        came = self.world.agree(signals)
+        return Result(self.step, self.metrics, self.best, self.checkpoint, came[0] if came else None)
 
     def _due(self, every: int | None) -> bool:
         return self.over or (every is not None and self.step % every == 0)
