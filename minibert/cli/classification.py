@@ -70,6 +70,7 @@ from .flags import (
     Resume,
     SaveEvery,
     Seed,
+    SplitOnOom,
     Steps,
     TextColumn,
     Truncate,
@@ -103,6 +104,7 @@ def finetune(
     weight_decay: Decay = 0.01,
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
+    split_on_oom: SplitOnOom = False,
     eval_every: Annotated[int | None, "steps between evaluations; by default one an epoch"] = None,
     save_every: SaveEvery = None,
     keep_last: KeepLast = 1,
@@ -124,7 +126,7 @@ def finetune(
     for name in ("batch_size", "epochs", "max_train", "accumulate", "max_length"):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"{name}={options[name]} is not positive")
-    World.current().check(accumulate)
+    World.current().check(accumulate, split_on_oom)
     device, source = resolve_device(device), resolve_model(init)
     check_backend(backend, device)
     parts = read_parts(options)
@@ -142,7 +144,9 @@ def finetune(
     }
     epoch = max(1, math.ceil(len(parts["train"]) / batch_size / accumulate))
     config = TrainConfig(
-        **pick(options, "lr warmup weight_decay clip accumulate seed dtype save_every keep_last log_every"),
+        **pick(
+            options, "lr warmup weight_decay clip accumulate split_on_oom seed dtype save_every keep_last log_every"
+        ),
         steps=max(1, round(epochs * epoch)) if steps is None else steps,
         eval_every=epoch if eval_every is None else eval_every,
         device=device,

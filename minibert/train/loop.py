@@ -88,6 +88,8 @@ class TrainConfig:
     optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
     clip: largest norm of the gradient, None for no limit.
     accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
+    split_on_oom: where memory runs out, compute micro-batches in halves, quarters … by sequences, for the same gradient
+        but for the order of sums; one process only.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
     spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
     patience: stop after so many evaluations without a better best_metric.
@@ -114,6 +116,7 @@ class TrainConfig:
     clip: float | None = 1.0
     accumulate: int = 1
     ramp: float = 0.0
+    split_on_oom: bool = False
     ema: float | None = None
     spike: float | None = None
     skip: int = 0
@@ -262,7 +265,7 @@ class Trainer:
         weights: Mapping[str, float] | None = None, moments: Path | None = None,
     ):  # fmt: skip
         self.world = World.current()
-        self.world.once(lambda: self.world.check(config.accumulate))
+        self.world.once(lambda: self.world.check(config.accumulate, config.split_on_oom))
         self.device = self.world.place(check_device(config.device))
         self.model, self.data, self.evaluate = model.to(self.device), data, evaluate
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
@@ -274,6 +277,7 @@ class Trainer:
         self.average = None if config.ema is None else Average(model, config.ema)
         self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
+        self.pieces = 1  # of a micro-batch: more where memory ran out
         self.best, self.metrics, self.checkpoint = None, {}, None
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
         if moments:
@@ -370,6 +374,20 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _backward(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
+        """Gradients of one step, with smaller pieces where memory runs out. Returns what `_gradients` does."""
+        while True:
+            try:
+                return self._gradients(batches, weights)
+            except torch.OutOfMemoryError:
+                if not self.config.split_on_oom or self.pieces >= max(batch.num_sequences for batch in batches):
+                    raise
+            # out here, where the error no longer holds on to what the try had made
+            self.pieces *= 2
+            logger.warning(
+                "step %d: out of memory: micro-batches are cut into %d from here", self.step + 1, self.pieces
+            )
+
+    def _gradients(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
         """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses.
 
         The norm is that of the reduced gradient and the losses are those of all ranks: each decides the same.
@@ -379,15 +397,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         world, losses = self.world, []
         for batch, share in zip(batches, weights[world.rank :: world.size], strict=True):
-            with world.reducing(self.losses, last=batch is batches[-1]):
-                with self._autocast():
-                    means = self.losses(batch.to(self.device), seed, list(share))
-                # times the ranks, over which the gradients will be averaged
-                factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
-                sum(means[name] * factor for name, factor in factors.items()).backward()
-            losses.append(torch.stack([mean.detach().float() for mean in means.values()]))
+            # times the ranks, over which the gradients will be averaged
+            factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
+            total = torch.zeros(len(share), device=self.device)
+            for piece, own in self._cut(batch):
+                with world.reducing(self.losses, last=batch is batches[-1]):
+                    with self._autocast():
+                        means = self.losses(piece.to(self.device), seed, list(share))
+                    sum(means[name] * (own[name] * factor) for name, factor in factors.items()).backward()
+                total += torch.stack([own[name] * mean.detach().float() for name, mean in means.items()])
+            losses.append(total)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or math.inf)
         return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
+
+    def _cut(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, float]]]:
+        """The pieces of a micro-batch, and the share that each has in its losses."""
+        counts = self.parts(batch)
+        for piece in batch.split(self.pieces):
+            own = counts if piece is batch else self.parts(piece)
+            yield piece, {name: own[name] / count if count else 1.0 for name, count in counts.items()}
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
         """The optimizer's step, unless the guard finds it bad. Returns the record of the step."""
@@ -402,7 +430,7 @@ class Trainer:
             if not math.isfinite(loss)
         ]
         loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
-        record = {"step": self.step + 1, "loss": loss} | means
+        record = {"step": self.step + 1, "loss": loss} | means | ({"pieces": self.pieces} if self.pieces > 1 else {})
         if broken:
             fault, numbers = f"{broken[0][0]} is {broken[0][1]}", [number for _, _, number in broken]
         else:
@@ -477,7 +505,7 @@ class Trainer:
         # not save_file, whose files only their owner may read
         (directory / OPTIMIZER).write_bytes(safetensors.torch.save(optimizer_state(self.model, self.optimizer)))
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
-        state["guard"] = self.guard.state
+        state |= {"guard": self.guard.state, "pieces": self.pieces}
         if self.config.minutes is not None:  # without, the bytes do not depend on the clock
             state["seconds"] = time.monotonic() - self.started
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
@@ -495,6 +523,7 @@ class Trainer:
             self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
             self.best, self.metrics = state["best"], state["metrics"]
             self.guard.load(state.get("guard", {}))
+            self.pieces = state.get("pieces", 1)
             self.started -= state.get("seconds", 0.0)
         self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
 
