@@ -70,13 +70,14 @@ from .flags import (
     Resume,
     SaveEvery,
     Seed,
+    SplitOnOom,
     Steps,
     TextColumn,
     Truncate,
     Warmup,
 )
 
-TRAINING = "lr warmup weight_decay clip accumulate dtype save_every keep_last log_every parallel"
+TRAINING = "lr warmup weight_decay clip accumulate split_on_oom dtype save_every keep_last log_every parallel"
 FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle"
 
 
@@ -108,6 +109,7 @@ def finetune(
     weight_decay: Decay = 0.01,
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
+    split_on_oom: SplitOnOom = False,
     eval_every: Annotated[int | None, "steps between evaluations; by default one an epoch"] = None,
     save_every: SaveEvery = None,
     keep_last: KeepLast = 1,
@@ -130,7 +132,7 @@ def finetune(
     for name in ("max_train", "seeds"):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"{name}={options[name]} is not positive")
-    World.current().check(accumulate)
+    World.current().check(accumulate, split_on_oom)
     options["device"] = resolve_device(device)
     check_backend(backend, options["device"])
     source, wanted = resolve_model(init), chosen_task(options)
