@@ -57,6 +57,8 @@ def finetune(
     parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
     encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}
+    if task.together > 1 and training.get("split_on_oom"):
+        raise ValueError(f"split_on_oom=True would part what belongs together in {task.name}: use a smaller batch_size")
     rows = learnable(encoded["train"], task.together)
     data = RowData(rows, batch_size=batch_size, seed=seed, together=task.together, dtype=task.dtype)
     epoch = max(1, math.ceil(len(data) / batch_size / training.get("accumulate", 1)))

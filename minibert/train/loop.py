@@ -89,6 +89,8 @@ class TrainConfig:
     optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
     clip: largest norm of the gradient, None for no limit.
     accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
+    split_on_oom: where memory runs out, compute micro-batches in halves, quarters … by sequences, for the same gradient
+        but for the order of sums; one process only.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
     spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
     patience: stop after so many evaluations without a better best_metric.
@@ -116,6 +118,7 @@ class TrainConfig:
     clip: float | None = 1.0
     accumulate: int = 1
     ramp: float = 0.0
+    split_on_oom: bool = False
     ema: float | None = None
     spike: float | None = None
     skip: int = 0
@@ -190,12 +193,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its steps, last evaluation, the record of the best one, and where the last checkpoint lies."""
+    """How a run ended: its steps, last evaluation, the record of the best one, and where the last checkpoint lies.
+
+    signal: what came too late to interrupt it; whoever goes on to other work should not.
+    """
 
     step: int
     metrics: dict[str, float]
     best: dict | None
     checkpoint: Path
+    signal: int | None = None
 
 
 def check_device(device: str) -> torch.device:
@@ -230,6 +237,7 @@ def train(
     parts: Callable[[Batch], dict[str, int]] = mean_over_sequences,
     weights: Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
+    moments: Path | None = None,
 ) -> Result:
     """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
 
@@ -244,12 +252,13 @@ def train(
             loss of a step is the sum of those means over all its micro-batches together: the same however it is cut.
         weights: of the losses in that sum, 1 where a name is not in it; kept with the settings.
         settings: whatever else decides the result, in JSON's types: saved, and compared when the run resumes.
+        moments: a checkpoint of a run before this one, whose optimizer's state to begin with.
     Raises:
         ValueError: settings differ from those of the run to resume, or see `claim` and `checkpoint.latest`.
         NonFiniteError: a loss or gradient is not finite. Interrupted: a signal came. OSError: disk full and the like.
     """
     with contextlib.nullcontext(run_dir) if isinstance(run_dir, Run) else claim(run_dir, resume) as run:
-        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}, weights).run()
+        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}, weights, moments).run()
 
 
 class Trainer:
@@ -257,10 +266,10 @@ class Trainer:
 
     def __init__(
         self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | None = None, moments: Path | None = None,
     ):  # fmt: skip
         self.world = World.current()
-        self.world.once(lambda: self.world.check(config.accumulate))
+        self.world.once(lambda: self.world.check(config.accumulate, config.split_on_oom))
         self.device = self.world.place(check_device(config.device))
         if config.parallel == "fsdp" and self.world.size > 1:
             from .sharded import Sharded  # imports half a second of torch
@@ -280,8 +289,11 @@ class Trainer:
         self.average = None if config.ema is None else Average(model, config.ema)
         self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
+        self.pieces = 1  # of a micro-batch: more where memory ran out
         self.best, self.metrics, self.checkpoint = None, {}, None
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
+        if moments:
+            self._load_tensors(moments / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
         if directory is not None:
             self.load(directory, state)
         if run.resume:
@@ -332,7 +344,8 @@ class Trainer:
                     self.save()
                 if came and not self.over:
                     self._stop(came[0])
-        return Result(self.step, self.metrics, self.best, self.checkpoint)
+        came = self.world.agree(signals)
+        return Result(self.step, self.metrics, self.best, self.checkpoint, came[0] if came else None)
 
     def _due(self, every: int | None) -> bool:
         return self.over or (every is not None and self.step % every == 0)
@@ -375,6 +388,20 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _backward(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
+        """Gradients of one step, with smaller pieces where memory runs out. Returns what `_gradients` does."""
+        while True:
+            try:
+                return self._gradients(batches, weights)
+            except torch.OutOfMemoryError:
+                if not self.config.split_on_oom or self.pieces >= max(batch.num_sequences for batch in batches):
+                    raise
+            # out here, where the error no longer holds on to what the try had made
+            self.pieces *= 2
+            logger.warning(
+                "step %d: out of memory: micro-batches are cut into %d from here", self.step + 1, self.pieces
+            )
+
+    def _gradients(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
         """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses.
 
         The norm is that of the reduced gradient and the losses are those of all ranks: each decides the same.
@@ -384,15 +411,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         world, losses = self.world, []
         for batch, share in zip(batches, weights[world.rank :: world.size], strict=True):
-            with world.reducing(self.losses, last=batch is batches[-1]):
-                with self._autocast():
-                    means = self.losses(batch.to(self.device), seed, list(share))
-                # times the ranks, over which the gradients will be averaged
-                factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
-                sum(means[name] * factor for name, factor in factors.items()).backward()
-            losses.append(torch.stack([mean.detach().float() for mean in means.values()]))
+            # times the ranks, over which the gradients will be averaged
+            factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
+            total = torch.zeros(len(share), device=self.device)
+            for piece, own in self._cut(batch):
+                with world.reducing(self.losses, last=batch is batches[-1]):
+                    with self._autocast():
+                        means = self.losses(piece.to(self.device), seed, list(share))
+                    sum(means[name] * (own[name] * factor) for name, factor in factors.items()).backward()
+                total += torch.stack([own[name] * mean.detach().float() for name, mean in means.items()])
+            losses.append(total)
         norm = world.clip(self.model, self.config.clip or math.inf)
         return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
+
+    def _cut(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, float]]]:
+        """The pieces of a micro-batch, and the share that each has in its losses."""
+        counts = self.parts(batch)
+        for piece in batch.split(self.pieces):
+            own = counts if piece is batch else self.parts(piece)
+            yield piece, {name: own[name] / count if count else 1.0 for name, count in counts.items()}
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
         """The optimizer's step, unless the guard finds it bad. Returns the record of the step."""
@@ -407,7 +444,7 @@ class Trainer:
             if not math.isfinite(loss)
         ]
         loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
-        record = {"step": self.step + 1, "loss": loss} | means
+        record = {"step": self.step + 1, "loss": loss} | means | ({"pieces": self.pieces} if self.pieces > 1 else {})
         if broken:
             fault, numbers = f"{broken[0][0]} is {broken[0][1]}", [number for _, _, number in broken]
         else:
@@ -487,7 +524,7 @@ class Trainer:
     def _describe(self, directory: Path) -> None:
         """Write what a checkpoint holds beside tensors."""
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
-        state["guard"] = self.guard.state
+        state |= {"guard": self.guard.state, "pieces": self.pieces}
         if self.config.minutes is not None:  # without, the bytes do not depend on the clock
             state["seconds"] = time.monotonic() - self.started
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
@@ -502,6 +539,7 @@ class Trainer:
         self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
         self.best, self.metrics = state["best"], state["metrics"]
         self.guard.load(state.get("guard", {}))
+        self.pieces = state.get("pieces", 1)
         self.started -= state.get("seconds", 0.0)
 
     def _load_tensors(self, path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
