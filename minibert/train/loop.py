@@ -30,6 +30,7 @@ from minibert_kernels.philox import fold
 from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
+from ..model.encoder import Encoder
 from . import checkpoint
 from .average import Average
 from .card import record_run, write_card
@@ -52,6 +53,7 @@ FREE = (
     "keep_last",
     "writer",
     "parallel",
+    "checkpoint_activations",
 )  # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ class TrainConfig:
     accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
     split_on_oom: where memory runs out, compute micro-batches in halves, quarters … by sequences, for the same gradient
         but for the order of sums; one process only.
+    checkpoint_activations: keep the inputs of the encoder's blocks alone, and compute the blocks again in the backward
+        pass: the same bits in less memory.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
     spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
     patience: stop after so many evaluations without a better best_metric.
@@ -119,6 +123,7 @@ class TrainConfig:
     accumulate: int = 1
     ramp: float = 0.0
     split_on_oom: bool = False
+    checkpoint_activations: bool = False
     ema: float | None = None
     spike: float | None = None
     skip: int = 0
@@ -283,6 +288,9 @@ class Trainer:
         directory, state = self.world.once(self._find) if run.resume else (None, None)
         if directory is not None:
             hub.load_into(model, directory)  # while it is whole
+        for module in model.modules():
+            if isinstance(module, Encoder):
+                module.recompute = config.checkpoint_activations
         self.model = self.world.host(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
