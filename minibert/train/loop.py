@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +39,7 @@ from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES, factor, micro_batches
+from .signals import listen
 from .writers import WRITERS
 
 Dtype = Literal["float32", "bfloat16"]
@@ -319,7 +319,7 @@ class Trainer:
             open(os.devnull, "w") as silence,
             log,
             Progress(config.steps, self.step, None if leads else silence) as progress,
-            _signals() as signals,
+            listen() as signals,
         ):
             self.model.train()
             self.over = self._is_over() or self._is_stale()
@@ -570,28 +570,6 @@ class Trainer:
                 "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
             )
         return directory, state
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGINT or SIGTERM that came meanwhile; a second one acts as it would without us."""
-    came: list[int] = []
-
-    def restore():
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    def note(signum, frame):
-        came.append(signum)
-        restore()
-
-    # python lets only the main thread listen
-    listening = threading.current_thread() is threading.main_thread()
-    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM) if listening}
-    try:
-        yield came
-    finally:
-        restore()
 
 
 def _refuse_changes(saved, now, run_dir, name: str = "") -> None:

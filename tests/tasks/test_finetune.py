@@ -7,25 +7,23 @@ import torch
 from small import TOKENIZER, build, refused
 
 from minibert import BertForMaskedLM, BertForSequenceClassification
-from minibert.tasks import Example, finetune, make_task, task_of
+from minibert.tasks import Example, make_task, task_of
 from minibert.tasks import finetune as module
 from minibert.train import latest, read_metrics
 
-OPTIONS = {"batch_size": 5, "epochs": 3, "lr": 3e-3, "log_every": 1, "device": "cpu", "keep_last": 9}
+OPTIONS = {"batch_size": 5, "epochs": 3, "lr": 1e-2, "log_every": 1, "device": "cpu", "keep_last": 9}
 
 
 def examples(count, first=0):
     """Dogs are one intent, cats another; birds are out of scope."""
-    words = (("dogs", "bark"), ("the cat", "sat"), ("birds", "sing"))
-    return [
-        Example(
-            (f"{words[i % 3][0]} {'at night ' * (i % 4)}and {words[i % 3][1]}",), ("dog", "cat", "oos")[i % 3], f"x:{i}"
-        )
-        for i in range(first, first + count)
-    ]
+    words, labels = (("dogs", "bark"), ("the cat", "sat"), ("birds", "sing")), ("dog", "cat", "oos")
+    texts = (f"{words[i % 3][0]} {'at night ' * (i % 4)}and {words[i % 3][1]}" for i in range(first, first + count))
+    return [Example((text,), labels[i % 3], f"x:{i}") for i, text in enumerate(texts, first)]
 
 
 PARTS = {"train": examples(31), "valid": examples(14, 31)}
+IN_SCOPE = {split: [example for example in part if example.target != "oos"] for split, part in PARTS.items()}
+OUT_OF_SCOPE = {split: [example for example in part if example.target == "oos"] for split, part in PARTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def weights(tmp_path_factory):
 
 
 def fit(weights, out, task="intent", parts=PARTS, **options):
-    return finetune(make_task(task), parts, weights, out, **OPTIONS | options)
+    return module.finetune(make_task(task), parts, weights, out, **OPTIONS | options)
 
 
 def files(run):
@@ -98,7 +96,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(evaluations, whole, weights, 
         ({"parts": {**PARTS, "train": PARTS["train"][::-1]}}, "was started with data.train="),
         ({"batch_size": 6}, "was started with"),
         (
-            {"task": "classification", "parts": {k: [e for e in v if e.target != "oos"] for k, v in PARTS.items()}},
+            {"task": "classification", "parts": IN_SCOPE},
             "was started with",
         ),
     ],
@@ -137,7 +135,7 @@ def test_examples_are_drawn_for_learning_but_labels_are_known_from_all(weights, 
         ({"batch_size": 0}, "batch_size=0 is not positive"),
         ({"epochs": -1}, "epochs=-1 is not positive"),
         ({"parts": {**PARTS, "valid": [Example(("cat " * 20,), "cat", "x:9")]}}, "x:9: the text has 22 tokens"),
-        ({"parts": {k: [e for e in v if e.target == "oos"] for k, v in PARTS.items()}}, "no example has a label"),
+        ({"parts": OUT_OF_SCOPE}, "no example has a label"),
     ],
 )
 def test_what_does_not_fit_leaves_no_directory(options, message, weights, tmp_path):
