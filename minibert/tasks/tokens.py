@@ -199,6 +199,6 @@ def words_of(record: Record, name: str) -> tuple[str, ...]:
     """A field that is a list of words, none of them empty."""
     value = record.fields.get(name)
     is_word = lambda word: isinstance(word, str) and word.strip() and not NO_TEXT.search(word)  # noqa: E731
-    if not isinstance(value, list) or not value or not all(map(is_word, value)):
+    if not isinstance(value, list | tuple) or not value or not all(map(is_word, value)):
         raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a list of words")
     return tuple(value)
