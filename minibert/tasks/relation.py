@@ -60,7 +60,9 @@ class Relation(Task):
             inner = [a, *one, a, *between, b, *other, b]
             length, spare = len(before) + len(inner) + len(after) + 2, limit - 2 - len(inner)
             if length > limit and not self.truncate:
-                raise ValueError(f"{example.where}: the text has {length} tokens, the model takes {limit}: use --truncate")
+                raise ValueError(
+                    f"{example.where}: the text has {length} tokens, the model takes {limit}: use --truncate"
+                )
             if spare < 0:
                 raise ValueError(
                     f"{example.where}: the entities and what is between them have {len(inner)} tokens, "
