@@ -227,6 +227,13 @@ def test_text_that_spells_a_special_token_is_text_in_a_store(toy_tokenizer):
     assert toy_tokenizer("[MASK]").input_ids == [CLS, MASK, SEP]
 
 
+def test_offsets_are_characters_of_the_text_as_it_was_given(toy_tokenizer):
+    text = "Thé  [MASK]\u200b CAT"
+    [(ids, offsets), empty] = toy_tokenizer.encode_with_offsets([text, ""])
+    assert ids == toy_tokenizer.encode_plain([text])[0] and empty == ([], [])
+    assert [text[a:b] for a, b in offsets] == ["Thé", "[", "MASK", "]", "CAT"]
+
+
 def test_a_process_may_fork_after_encoding_without_a_warning():
     code = """
 import os, warnings
