@@ -29,7 +29,7 @@ from ..tasks import predict as answer
 from ..tasks.base import CHUNK
 from ..tasks.finetune import finetune as fit
 from ..tasks.finetune import numbers
-from ..train import World, claim
+from ..train import OPTIMIZERS, SCHEDULES, World, claim
 from .common import (
     BadRecords,
     check_backend,
@@ -76,8 +76,9 @@ from .flags import (
     Warmup,
 )
 
-TRAINING = "lr warmup weight_decay clip accumulate dtype save_every keep_last log_every parallel"
-FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle"
+TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate ema patience dtype save_every
+keep_last log_every parallel seed device"""
+FITTING = "max_train batch_size epochs steps eval_every scratch reinit_layers backend allow_pickle"
 
 
 def finetune(
@@ -100,14 +101,23 @@ def finetune(
     max_length: Annotated[int | None, "tokens of a text; by default what the model takes"] = None,
     truncate: Truncate = False,
     scratch: Annotated[bool, "take the architecture and tokenizer of --init, and new weights"] = False,
+    reinit_layers: Annotated[int, "draw new weights for so many of the last layers, and for the pooler"] = 0,
     epochs: Annotated[float, "passes over the training examples, where --steps is not given"] = 3,
     steps: Steps = None,
     batch_size: BatchSize = 32,
+    optimizer: Annotated[str, ", ".join(OPTIMIZERS)] = "adamw",
     lr: Lr = 5e-5,
+    layer_decay: Annotated[
+        float, "the rate of a layer over that of the one above; 0.9 moves the lower ones less"
+    ] = 1.0,
+    unfreeze: Annotated[float, "share of the run in which the layers begin to learn, from the last to the first"] = 0.0,
     warmup: Warmup = 0.1,
+    schedule: Annotated[str, f"of the learning rate: {', '.join(SCHEDULES)}"] = "linear",
     weight_decay: Decay = 0.01,
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
+    ema: Annotated[float | None, "average the weights, with this decay; evaluate and save the average"] = None,
+    patience: Annotated[int | None, "stop after so many evaluations without a better result"] = None,
     eval_every: Annotated[int | None, "steps between evaluations; by default one an epoch"] = None,
     save_every: SaveEvery = None,
     keep_last: KeepLast = 1,
@@ -148,9 +158,7 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
     with claim(out, options["resume"]) as run:
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
-        flags = pick(
-            options, TRAINING + " seed device batch_size epochs steps eval_every scratch backend allow_pickle max_train"
-        )
+        flags = pick(options, f"{TRAINING} {FITTING}")
         fit(task, {k: parts[k] for k in ("train", "valid")}, source, run, say=say, **flags)
     return report_best(out, parts, options) if World.current().leads else {}
 

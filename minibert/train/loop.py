@@ -37,7 +37,7 @@ from .checkpoint import Run
 from .distributed import Losses, World, claim
 from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
-from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
+from .optim import OPTIMIZERS, cut_by_depth, drop_frozen, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES, factor, micro_batches
 from .writers import WRITERS
 
@@ -87,6 +87,8 @@ class TrainConfig:
     lr: the peak learning rate. warmup: a whole number of steps, or a fraction of the run (a float in [0, 1)).
     schedule: a word of `SCHEDULES`, down to final_lr times the peak; for decay and power see `schedule.factor`.
     optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
+    layer_decay: the rate of a layer over that of the one above it; the head has the whole one, the embeddings least.
+    unfreeze: a share of the run in which the layers begin to learn one after the other, the embeddings at its end.
     clip: largest norm of the gradient, None for no limit.
     accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
@@ -110,6 +112,8 @@ class TrainConfig:
     decay: float = 0.1
     power: float = 1.0
     weight_decay: float = 0.01
+    layer_decay: float = 1.0
+    unfreeze: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-6
@@ -149,12 +153,14 @@ class TrainConfig:
             value = getattr(self, name)
             if not (name in ("clip", "minutes", "spike") and value is None) and (not _is_number(value) or value <= 0):
                 raise ValueError(f"{name}={value!r} is not a positive number")
-        for name in ("beta1", "beta2", "ramp", "ema"):
+        for name in ("beta1", "beta2", "ramp", "ema", "unfreeze"):
             value = getattr(self, name)
             if not (name == "ema" and value is None) and (not _is_number(value) or not 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not in [0, 1)")
         if self.patience is not None and None in (self.eval_every, self.best_metric):
             raise ValueError(f"patience={self.patience} needs eval_every and best_metric")
+        if not _is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay!r} is not in (0, 1]")
         if not _is_number(self.final_lr) or not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr={self.final_lr!r} is not a share of the peak, in [0, 1]")
         if not _is_number(self.weight_decay) or self.weight_decay < 0:
@@ -277,6 +283,7 @@ class Trainer:
         self.model = self.world.host(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
+        cut_by_depth(model, self.optimizer, config.layer_decay, config.unfreeze)
         self.average = None if config.ema is None else Average(model, config.ema)
         self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
@@ -391,6 +398,8 @@ class Trainer:
                 factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
                 sum(means[name] * factor for name, factor in factors.items()).backward()
             losses.append(torch.stack([mean.detach().float() for mean in means.values()]))
+        if self.config.unfreeze:
+            drop_frozen(self.optimizer, self.config.progress(self.step, self._elapsed()))
         norm = world.clip(self.model, self.config.clip or math.inf)
         return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
 
@@ -418,7 +427,7 @@ class Trainer:
         self.guard.good(loss)
         lr = self.config.learning_rate(self.config.progress(self.step, self._elapsed()))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.step()
         if self.average:
             self.average.update(self.step)
