@@ -76,8 +76,8 @@ from .flags import (
     Warmup,
 )
 
-TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate ema patience dtype save_every
-keep_last log_every parallel seed device"""
+TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate ema patience dtype
+save_every keep_last log_every parallel seed device"""
 FITTING = "max_train batch_size epochs steps eval_every scratch reinit_layers backend allow_pickle"
 
 
@@ -100,6 +100,9 @@ def finetune(
     max_train: Annotated[int | None, "learn from so many examples, drawn by the seed; None for all"] = None,
     max_length: Annotated[int | None, "tokens of a text; by default what the model takes"] = None,
     truncate: Truncate = False,
+    class_weights: Annotated[str | None, "balanced: rare classes count as much as frequent ones in the loss"] = None,
+    label_smoothing: Annotated[float, "share of a label that the loss spreads over all classes"] = 0.0,
+    calibrate: Annotated[bool, "fit a temperature to the held-out examples, for probabilities that hold"] = False,
     scratch: Annotated[bool, "take the architecture and tokenizer of --init, and new weights"] = False,
     reinit_layers: Annotated[int, "draw new weights for so many of the last layers, and for the pooler"] = 0,
     epochs: Annotated[float, "passes over the training examples, where --steps is not given"] = 3,
@@ -165,7 +168,8 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
 
 def chosen_task(options: dict[str, Any]) -> Task:
     """The task that the flags ask for; a flag that is not set leaves the task's own default."""
-    flags = pick(options, "text_column pair_column label_column max_length truncate")
+    names = "text_column pair_column label_column max_length truncate class_weights label_smoothing calibrate"
+    flags = pick(options, names)
     given = {name: value for name, value in flags.items() if value not in (None, False)}
     return make_task(options["task"], **given | options["option"])
 

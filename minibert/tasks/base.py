@@ -83,6 +83,10 @@ class Task:
         """What a record would hold of which only this text is known."""
         return {"text": text}
 
+    def prepared(self, examples: Sequence[Example]) -> "Task":
+        """The task with what it takes from the training examples before it is learned, as weights of classes."""
+        return self
+
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         """The labels there are, the model's `id2label`."""
         raise NotImplementedError
@@ -196,10 +200,13 @@ def evaluate(
 
     `fit` lets it learn thresholds of them first, which the model's config keeps.
     """
-    predictions = list(predict(task, model, tokenizer, examples))
+    rows = task.encode(tokenizer, examples, model.config)
+    scores = score(task, model, rows)
+    predictions = list(task.predict(examples, rows, scores, model.config))
     if fit:
         task = task.fitted(examples, predictions, model.config)
         model.config = model.config.replace(**task.kept())
+        predictions = list(task.predict(examples, rows, scores, model.config))
     return task.measure(examples, predictions, model.config)
 
 

@@ -54,9 +54,10 @@ def finetune(
             raise ValueError(f"{name}={value} is not positive")
     seed = training.get("seed", 0)
     everything = [example for examples in parts.values() for example in examples]
+    parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
+    task = task.prepared(parts["train"])
     network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
     reinitialise(network, reinit_layers, seed)
-    parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
     say(f"new parameters: {'all' if scratch else ', '.join(network.new_parameters) or 'none'}")
     encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}

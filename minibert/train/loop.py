@@ -280,6 +280,9 @@ class Trainer:
         directory, state = self.world.once(self._find) if run.resume else (None, None)
         if directory is not None:
             hub.load_into(model, directory)  # while it is whole
+            # what an evaluation fitted beside the weights
+            fitted = hub.load_config(directory).task_specific_params
+            model.config = model.config.replace(task_specific_params=fitted)
         self.model = self.world.host(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
