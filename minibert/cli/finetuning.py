@@ -11,6 +11,7 @@ import numpy as np
 
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
+from ..data.report import figure_class
 from ..data.tokenizer import Tokenizer
 from ..files import open_atomically, write_atomically
 from ..hub import load_config
@@ -28,8 +29,7 @@ from ..tasks import evaluate as measure
 from ..tasks import predict as answer
 from ..tasks.base import CHUNK
 from ..tasks.finetune import finetune as fit
-from ..tasks.finetune import numbers
-from ..train import OPTIMIZERS, SCHEDULES, World, claim
+from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, World, claim
 from .common import (
     BadRecords,
     check_backend,
@@ -75,7 +75,9 @@ from .flags import (
     Truncate,
     Warmup,
 )
+from .sweeping import grid, report_runs
 
+RESULTS = "results.json"
 TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate ema patience dtype
 save_every keep_last log_every parallel seed device"""
 FITTING = "max_train batch_size epochs steps eval_every scratch reinit_layers backend allow_pickle"
@@ -127,6 +129,10 @@ def finetune(
     log_every: LogEvery = 10,
     seed: Seed = 0,
     seeds: Annotated[int, "so many runs, with --seed and those after it: mean and standard deviation"] = 1,
+    sweep: Annotated[
+        dict[str, list[bool | int | float | str | None]], "a run for each: '{lr: [2e-5, 5e-5], epochs: [2, 3]}'"
+    ] = {},  # noqa: B006
+    learning_curve: Annotated[list[int], "a run for each number of training examples, and a picture"] = (),
     device: Device = "auto",
     dtype: Dtype = "float32",
     parallel: Parallel = "ddp",
@@ -146,24 +152,34 @@ def finetune(
     World.current().check(accumulate)
     options["device"] = resolve_device(device)
     check_backend(backend, options["device"])
-    source, wanted = resolve_model(init), chosen_task(options)
-    results = []
-    for number in range(seeds):
-        here = Path(out) / f"seed-{seed + number}" if seeds > 1 else Path(out)
-        results.append(one_run(wanted, source, here, options | {"seed": seed + number}))
-    if seeds > 1 and World.current().leads:
-        report_seeds(results, Path(out), seed)
+    source, runs, results = resolve_model(init), grid(options), {}
+    options |= {"seeds": 1, "sweep": {}, "learning_curve": []}  # a run's config.yaml is of that run
+    tasks = {folder: chosen_task(options | changes) for folder, changes in runs.items()}
+    if learning_curve:
+        figure_class()  # where there is none, say so before hours of work
+    for number, (folder, changes) in enumerate(runs.items(), 1):
+        if len(runs) > 1:
+            say(f"run {number} of {len(runs)}: {folder}", markup=False)
+        try:
+            results[folder] = changes, one_run(tasks[folder], source, Path(out) / folder, options | changes)
+        except NonFiniteError as error:
+            if len(runs) == 1:
+                raise
+            say(f"left out: {error}", markup=False)
+    if len(runs) > 1 and results and World.current().leads:
+        report_runs(results, tasks[folder], Path(out), curve=bool(learning_curve))
 
 
 def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dict[str, dict]:
-    """Fine-tune once; what the best checkpoint reaches, by split."""
+    """Fine-tune once; what the best checkpoint reaches, by split, and the number of examples it learned from."""
     parts = read_parts(task, options)
     with claim(out, options["resume"]) as run:
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
         flags = pick(options, f"{TRAINING} {FITTING}")
         fit(task, {k: parts[k] for k in ("train", "valid")}, source, run, say=say, **flags)
-    return report_best(out, parts, options) if World.current().leads else {}
+    examples = min(len(parts["train"]), options["max_train"] or len(parts["train"]))
+    return {"train": {"examples": examples}} | (report_best(out, parts, options) if World.current().leads else {})
 
 
 def chosen_task(options: dict[str, Any]) -> Task:
@@ -206,28 +222,21 @@ def check_labelled(examples: list[Example], source: Source) -> None:
 
 
 def report_best(out: Path, parts: dict[str, list[Example]], options: dict[str, Any]) -> dict[str, dict]:
-    """Print and keep what the best checkpoint reaches on the held-out examples, and on the test set."""
+    """Print and keep what the best checkpoint reaches on the held-out examples, and on the test set.
+
+    A run that was done already when it was resumed has kept it.
+    """
+    splits, kept = [split for split in ("valid", "test") if split in parts], out / RESULTS
+    if options["resume"] and kept.is_file() and list(results := jsonlib.loads(kept.read_text())) == splits:
+        return results
     best = resolve_model(out)
     network = load(head_of(best), best, options["device"], options["backend"], False)
     task, tokenizer, results = task_of(network), Tokenizer.from_pretrained(best), {}
-    for split in ("valid", "test"):
-        if split in parts:
-            results[split] = measure(task, network, tokenizer, parts[split])
-            print_result({"split": split, **results[split], "checkpoint": str(best)}, as_json=False)
-    write_atomically(out / "results.json", jsonlib.dumps(results, indent=2) + "\n")
+    for split in splits:
+        results[split] = measure(task, network, tokenizer, parts[split])
+        print_result({"split": split, **results[split], "checkpoint": str(best)}, as_json=False)
+    write_atomically(kept, jsonlib.dumps(results, indent=2) + "\n")
     return results
-
-
-def report_seeds(results: list[dict[str, dict]], out: Path, seed: int) -> None:
-    """Print and keep mean and standard deviation over the runs."""
-    table = {}
-    for split in results[0]:
-        for name in numbers(results[0][split]):
-            values = [result[split][name] for result in results]
-            table[f"{split} {name}"] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
-    kept = {"seeds": [seed + number for number in range(len(results))], "numbers": table, "runs": results}
-    write_atomically(out / "seeds.json", jsonlib.dumps(kept, indent=2) + "\n")
-    print_result({"seeds": len(results), "mean and standard deviation": table}, as_json=False)
 
 
 def evaluate(
