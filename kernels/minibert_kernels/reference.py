@@ -258,8 +258,12 @@ def mlm_mask(
     if num_labels is not None:
         return exact_labels(ids, layout.unpad(earliest), layout.unpad(becomes), layout, num_labels)
     wanted = (candidate.sum(1).double() * rate).round().clamp(min=1).long()
-    last = earliest.sort(1).values.gather(1, wanted[:, None] - 1)
-    chosen = layout.unpad(candidate & (earliest <= last))
+    ranked = earliest.sort(dim=1, stable=True)
+    if unit == "span":
+        chosen = ranked.indices.argsort(1) < wanted[:, None]
+    else:
+        chosen = earliest <= ranked.values.gather(1, wanted[:, None] - 1)
+    chosen = layout.unpad(candidate & chosen)
     return torch.where(chosen, layout.unpad(becomes), ids), torch.where(chosen, ids, -100)
 
 

@@ -14,6 +14,7 @@ import yaml
 
 from ..train import Interrupted, NonFiniteError, PeerFailed, join, recipe_options, started
 from . import explaining, finetuning, kernels, plotting, preparing, pretraining, profiling, weights
+from .phases import typed_phases
 
 VERBS: dict[str, Callable[..., int | None]] = {
     "demo": weights.demo,
@@ -107,7 +108,10 @@ def parse(parser: Parser, argv: list[str]) -> dict[str, Any]:
     given = parser.parse_args(argv, defaults=False).as_dict()
     if given.get("recipe"):
         parser.set_defaults(recipe_options(given["recipe"], (name for name in given if given[name] is not None)))
-    return dict(parser.parse_args(argv).as_dict())
+    options = dict(parser.parse_args(argv).as_dict())
+    if options.get("phases"):
+        options["phases"] = typed_phases(options["phases"], parser)
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

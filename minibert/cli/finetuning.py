@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from torch import nn
 
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
@@ -29,7 +30,7 @@ from ..tasks import evaluate as measure
 from ..tasks import predict as answer
 from ..tasks.base import CHUNK
 from ..tasks.finetune import finetune as fit
-from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, World, claim
+from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, World
 from .common import (
     BadRecords,
     check_backend,
@@ -70,6 +71,7 @@ from .flags import (
     Resume,
     SaveEvery,
     Seed,
+    SplitOnOom,
     Steps,
     TextColumn,
     Truncate,
@@ -78,9 +80,9 @@ from .flags import (
 from .sweeping import grid, report_runs
 
 RESULTS = "results.json"
-TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate ema patience dtype
-save_every keep_last log_every parallel seed device"""
-FITTING = "max_train batch_size epochs steps eval_every scratch reinit_layers backend allow_pickle"
+TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate split_on_oom ema patience
+dtype save_every keep_last log_every parallel seed device"""
+FITTING = "max_train batch_size epochs steps eval_every scratch reinit_layers backend allow_pickle resume"
 
 
 def finetune(
@@ -121,6 +123,7 @@ def finetune(
     weight_decay: Decay = 0.01,
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
+    split_on_oom: SplitOnOom = False,
     ema: Annotated[float | None, "average the weights, with this decay; evaluate and save the average"] = None,
     patience: Annotated[int | None, "stop after so many evaluations without a better result"] = None,
     eval_every: Annotated[int | None, "steps between evaluations; by default one an epoch"] = None,
@@ -146,10 +149,12 @@ def finetune(
     """
     options = dict(locals())
     check_fractions(valid_fraction=valid_fraction)
+    if test_fraction:
+        check_fractions(test_fraction=test_fraction)
     for name in ("max_train", "seeds"):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"{name}={options[name]} is not positive")
-    World.current().check(accumulate)
+    World.current().check(accumulate, split_on_oom)
     options["device"] = resolve_device(device)
     check_backend(backend, options["device"])
     source, runs, results = resolve_model(init), grid(options), {}
@@ -173,11 +178,13 @@ def finetune(
 def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dict[str, dict]:
     """Fine-tune once; what the best checkpoint reaches, by split, and the number of examples it learned from."""
     parts = read_parts(task, options)
-    with claim(out, options["resume"]) as run:
+
+    def begin(run: Run, network: nn.Module) -> None:
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
-        flags = pick(options, f"{TRAINING} {FITTING}")
-        fit(task, {k: parts[k] for k in ("train", "valid")}, source, run, say=say, **flags)
+        say(f"new parameters: {'all' if options['scratch'] else ', '.join(network.new_parameters) or 'none'}")
+
+    fit(task, parts, source, out, begin=begin, **pick(options, f"{TRAINING} {FITTING}"))
     examples = min(len(parts["train"]), options["max_train"] or len(parts["train"]))
     return {"train": {"examples": examples}} | (report_best(out, parts, options) if World.current().leads else {})
 
@@ -185,8 +192,9 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
 def chosen_task(options: dict[str, Any]) -> Task:
     """The task that the flags ask for; a flag that is not set leaves the task's own default."""
     names = "text_column pair_column label_column max_length truncate class_weights label_smoothing calibrate"
-    flags = pick(options, names)
-    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    given = {name: value for name, value in pick(options, names).items() if value is not None and value is not False}
+    if not given["label_smoothing"]:
+        given.pop("label_smoothing")  # a task without classes has no such option
     return make_task(options["task"], **given | options["option"])
 
 
@@ -208,14 +216,17 @@ def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
     for split, fraction in (("test", options["test_fraction"]), ("valid", options["valid_fraction"])):
         if split not in parts and fraction:
             parts["train"], parts[split] = split_examples(parts["train"], fraction, options["seed"])
-    if not parts["train"]:
-        raise ValueError(f"{sources['train'].paths[0]}: nothing is left to learn from beside the held-out examples")
+    for split, examples in parts.items():
+        if not examples:
+            raise ValueError(
+                f"{sources['train'].paths[0]}: too few examples to hold any out: name a file with --{split}"
+            )
     return parts
 
 
 def check_labelled(examples: list[Example], source: Source) -> None:
     if not examples:
-        raise ValueError(f"{source.paths[0]}: it holds no rows")
+        raise ValueError(f"{source.paths[0]}: it holds no records")
     bare = next((example for example in examples if example.target is None), None)
     if bare is not None:
         raise ValueError(f"{bare.where}: it has no label: name its column with --label-column")
@@ -271,7 +282,6 @@ def evaluate(
         examples = list(read_examples(task, labelled.records(bad), bad))
         bad.summary()
         check_labelled(examples, labelled)
-        task.encode(tokenizer, examples, network.config)  # a label that training never saw is named
         result = measure(task, network, tokenizer, examples)
     else:
         network = load(language_model(load_config(source)), source, device, backend, allow_pickle)
@@ -329,7 +339,8 @@ def predict(
     if kind is None:
         raise ValueError(f"{source} has no head of a task: fine-tune it first")
     network = load(kind, source, resolve_device(device), backend, allow_pickle)
-    task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
+    # nothing is asked of labels that stand beside the texts
+    task, bad = with_flags(task_of(network), locals() | {"label_column": ""}), BadRecords(on_bad_record)
     if data:
         records = find_splits(data[0] if len(data) == 1 else data)["train"].records(bad)
     else:

@@ -1,8 +1,10 @@
 """Verbs of pretraining: pretrain, fill-mask, generate."""
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,21 @@ from ..data.tokenizer import Tokenizer
 from ..hub import load_config
 from ..model import BertForMaskedLM, BertForPreTraining
 from ..tasks import pretraining as task
-from ..train import OPTIMIZERS, RECIPES, SCHEDULES, WRITERS, Run, TrainConfig, World, claim, train
+from ..train import (
+    FREE,
+    OPTIMIZERS,
+    RECIPES,
+    SCHEDULES,
+    WRITERS,
+    Interrupted,
+    Result,
+    Run,
+    TrainConfig,
+    World,
+    claim,
+    latest,
+    train,
+)
 from .common import (
     check_backend,
     check_causal,
@@ -38,6 +54,7 @@ from .flags import (
     Arch,
     Backend,
     Cased,
+    CheckpointActivations,
     Clip,
     DataColumn,
     Decay,
@@ -55,16 +72,19 @@ from .flags import (
     Resume,
     SaveEvery,
     Seed,
+    SplitOnOom,
     VocabSize,
     Warmup,
 )
+from .phases import plan_phases, refuse_other_form
 
 SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
 STEPS = 1000  # where neither steps nor minutes are given
 TRAINING = """steps minutes optimizer lr warmup schedule final_lr decay power weight_decay beta1 beta2 eps clip
-accumulate ramp ema spike skip patience seed dtype eval_every eval_batches save_every keep_last log_every
-writer parallel"""
+accumulate ramp split_on_oom checkpoint_activations ema spike skip patience seed dtype eval_every eval_batches
+save_every keep_last log_every writer parallel"""
 SAMPLING = "seed batch_tokens max_length mask_rate mask_unit whole_word max_span mask_count all_mask objectives"
+PHASED = [name for name in f"{TRAINING} {SAMPLING}".split() if name not in ("seed", "objectives")]  # may differ
 
 
 def pretrain(
@@ -84,6 +104,9 @@ def pretrain(
     text_column: DataColumn = "text",
     steps: Annotated[int | None, f"optimizer steps, {STEPS:,} where --minutes is not given either"] = None,
     minutes: Annotated[float | None, "train for so long instead; the schedule runs by the clock"] = None,
+    phases: Annotated[
+        list[dict[str, Any]], "runs one after the other, as '{max_length: 512, steps: 100}': what differs"
+    ] = (),
     batch_tokens: Annotated[int, "tokens of a batch"] = 4096,
     max_length: Annotated[int, "tokens of a sample, at most"] = 128,
     objectives: Annotated[list[str], f"what is learned: {', '.join(OBJECTIVES)}"] = ["mlm", "nsp"],  # noqa: B006
@@ -110,6 +133,8 @@ def pretrain(
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
     ramp: Annotated[float, "share of the run in which a step grows from 1 micro-batch to --accumulate"] = 0.0,
+    split_on_oom: SplitOnOom = False,
+    checkpoint_activations: CheckpointActivations = False,
     ema: Annotated[float | None, "average the weights, with this decay; evaluate and save the average"] = None,
     spike: Annotated[float | None, "a step is bad whose loss is so many times its mean of late"] = None,
     skip: Annotated[int, "bad steps in a row to leave out; a spike or what is not finite stops the run otherwise"] = 0,
@@ -135,27 +160,89 @@ def pretrain(
     options, world = dict(locals()), World.current()
     with world.ahead():
         options["objectives"] = [name for name in objectives if nsp or name != "nsp"]
-        if steps is None and minutes is None:
-            options["steps"] = STEPS
         check_objectives(options["objectives"], weights)
-        config = TrainConfig(**pick(options, TRAINING), device=resolve_device(device), best_metric="loss")
-        world.check(accumulate)
-        check_fractions(valid_fraction=valid_fraction, mask_rate=mask_rate)
-        if whole_word and mask_unit == "span":
-            raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
-        check_masking(mask_rate, mask_unit, max_span, mask_count)
-        check_backend(backend, config.device)
+        check_fractions(valid_fraction=valid_fraction)
         start = resolve_model(init) if init else None
-        planned = planned_config(options, start)
+        if phases:
+            options |= {"phases": plan_phases(phases, options, PHASED), "steps": None, "minutes": None}
+        elif steps is None and minutes is None:
+            options["steps"] = STEPS
+        plans = [plan(options, start, number) for number in range(1, len(phases) + 1)] or [plan(options, start)]
     with claim(out, resume) as run:
-        learn(options, config, run, start, planned)
+        with world.ahead():
+            refuse_other_form(run.path, bool(phases))
+            sides = open_sides(options, run.path / "data", tokenizer or (start and str(start)))
+        begin = partial(save_options, run, "pretrain", options)
+        if phases:
+            learn_in_phases(plans, run, sides, start, begin)
+        else:
+            learn(plans[0], run, sides, start, begin)
 
 
-def learn(options: dict, config: TrainConfig, run: Run, start: Path | None, planned: BertConfig) -> None:
-    """What `pretrain` does when its options are found good."""
-    world = World.current()
-    with world.ahead():
-        sides = open_sides(options, run.path / "data", options["tokenizer"] or (start and str(start)))
+class Plan(NamedTuple):
+    """A run whose options are found good."""
+
+    options: dict[str, Any]
+    config: TrainConfig
+    planned: BertConfig
+
+
+def plan(options: dict[str, Any], start: Path | None, phase: int | None = None) -> Plan:
+    """The run that the options ask for, or one of its phases, counted from 1; refused where it cannot be.
+
+    Each phase draws under a seed of its own: none sees the samples and masks of another again.
+    """
+    if phase is not None:
+        own = options["phases"][phase - 1]
+        try:
+            return plan(options | {"seed": options["seed"] + phase - 1} | own, start)
+        except ValueError as error:
+            raise ValueError(f"phase {phase}: {error}") from None
+    config = TrainConfig(**pick(options, TRAINING), device=resolve_device(options["device"]), best_metric="loss")
+    World.current().check(config.accumulate, config.split_on_oom)
+    check_fractions(mask_rate=options["mask_rate"])
+    if options["whole_word"] and options["mask_unit"] == "span":
+        raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
+    check_masking(*pick(options, "mask_rate mask_unit max_span mask_count").values())
+    check_backend(options["backend"], config.device)
+    return Plan(options, config, planned_config(options, start))
+
+
+def learn_in_phases(plans: list[Plan], run: Run, sides: list, start: Path | None, begin: Callable) -> None:
+    """Train the phases one after the other, each as a run `phase-N` from the last checkpoint of the one before.
+
+    A phase was finished where the next one has a checkpoint; any other is gone through, which changes none that was.
+    """
+    once, last = World.current().once, len(plans) - 1
+    folders = [run.path / f"phase-{number}" for number in range(1, len(plans) + 1)]
+    decisive = [name for name in PHASED if name not in FREE]
+    said = {str(number): pick(each.options, " ".join(decisive)) for number, each in enumerate(plans, 1)}
+    reached = once(lambda: max((index for index, folder in enumerate(folders) if latest(folder)), default=0))
+    for index in range(reached, len(plans)):
+        moments = None
+        if index:
+            start = once(partial(newest, folders[: index + 1]))
+            moments = start if plans[index].config.optimizer == plans[index - 1].config.optimizer else None
+        say(f"phase {index + 1} of {len(plans)}")
+        with claim(folders[index], run.resume) as part:
+            result = learn(plans[index], part, sides, start, begin, moments, {"phases": said})
+        begin = list  # said and kept once
+        if result.signal and index < last:
+            name = signal.Signals(result.signal).name
+            raise Interrupted(f"{name} at the end of phase {index + 1}: continue with --resume", result.signal)
+
+
+def newest(folders: list[Path]) -> Path:
+    """The newest checkpoint of the last of these runs that has one."""
+    return next(found for folder in reversed(folders) if (found := latest(folder)))
+
+
+def learn(
+    plan: Plan, run: Run, sides: list, start: Path | None, begin: Callable[[], Any], moments: Path | None = None,
+    settings: Mapping[str, Any] = {},
+) -> Result:  # fmt: skip
+    """Train one run; `begin` is called when everything it needs is there."""
+    (options, config, planned), world = plan, World.current()
     stores, mix, weights = [store for store, _ in sides[0]], options["mix"], options["weights"]
     tokenizer, samples = stores[0].tokenizer, pick(options, SAMPLING)
     learned, held_out = (
@@ -165,7 +252,7 @@ def learn(options: dict, config: TrainConfig, run: Run, start: Path | None, plan
     arch = {"causal": planned.causal} | options["arch"]
     network = new_network(options | {"arch": arch}, start, tokenizer, language_model(planned))
     commonest = commonest_token(sides[0]) if world.leads else None
-    save_options(run, "pretrain", options)
+    begin()
     for each in stores:
         say(describe(each))
     say(f"{len(learned):,} samples an epoch; {network.num_parameters():,} parameters")
@@ -180,10 +267,12 @@ def learn(options: dict, config: TrainConfig, run: Run, start: Path | None, plan
         tokenizer,
         parts=learned.parts,
         weights={f"{name}_loss": weight for name, weight in weights.items()},
-        settings=samples | pick(options, "valid_fraction backend") | {"data": source_of(stores, mix)},
+        settings=samples | pick(options, "valid_fraction backend") | {"data": source_of(stores, mix)} | settings,
+        moments=moments,
     )
     if world.leads:
         print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
+    return result
 
 
 def planned_config(options: Mapping, start: Path | None) -> BertConfig:

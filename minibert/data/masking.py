@@ -39,7 +39,7 @@ class Masker:
         special_ids: ids that are neither chosen nor drawn as random tokens.
         is_continuation: bool [vocab_size], the pieces that continue a word; units are then words by default.
         unit: "token"; "word": a piece goes with the word it continues; "span": neighbours are chosen together, up to
-            max_span of them (Joshi et al., 2020). The last word or span may exceed the number.
+            max_span of them (Joshi et al., 2020). The last word may exceed the number, the last span is cut there.
         count: choose exactly so many tokens of a batch instead (Geiping and Goldstein, 2023): first one of every
             sample, then those that come first in theirs, relative to its length. The last word or span may be cut;
             where there are fewer tokens, the surplus is row 0 with an ignored label.
@@ -115,17 +115,19 @@ class Masker:
         return earliest
 
     def _choose(self, key, segment, num_segments: int) -> np.ndarray:
-        """The rows up to the last key that is wanted, or the `count` that come first in turn; ascending."""
+        """The rows up to the last that is wanted, a word whole; or the `count` that come first in turn; ascending."""
         rows = np.flatnonzero(key != NEVER)
         key, segment = key[rows], segment[rows]
         candidates = np.bincount(segment, minlength=num_segments)
         first = np.cumsum(candidates) - candidates
         # starts with one draw lie as their tokens do, so a stable order by draw is the order of the keys
         order = np.argsort(segment << 32 | key >> 31, kind="stable")
-        if self.count is None:
-            wanted = np.maximum(np.rint(self.rate * candidates).astype(np.int64), 1)
+        wanted = np.maximum(np.rint(self.rate * candidates).astype(np.int64), 1)
+        if self.count is None and self.unit != "span":
             return rows[key <= key[order[(first + wanted - 1)[segment]]]]
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order)) - first[segment[order]]
+        if self.count is None:
+            return rows[rank < wanted[segment]]
         turns = np.argsort(rank / candidates[segment], kind="stable")
         return np.sort(rows[turns[: self.count]])

@@ -1,9 +1,10 @@
 """Training: the loop, its checkpoints and its log, and what they are made of."""
 
-from .checkpoint import CheckpointError, Run, best, latest, verify
+from .checkpoint import CheckpointError, Run, best, latest, phases, verify
 from .distributed import PeerFailed, World, claim, join, started
 from .log import METRICS, TIMING_FIELDS, read_metrics
 from .loop import (
+    FREE,
     Interrupted,
     NonFiniteError,
     Result,
@@ -18,6 +19,7 @@ from .schedule import SCHEDULES
 from .writers import WRITERS
 
 __all__ = [
+    "FREE",
     "METRICS",
     "OPTIMIZERS",
     "RECIPES",
@@ -42,6 +44,7 @@ __all__ = [
     "latest",
     "mean_over_sequences",
     "param_groups",
+    "phases",
     "read_metrics",
     "recipe_options",
     "started",

@@ -24,7 +24,7 @@ from .card import CARD
 from .log import METRICS
 
 LOCK = ".lock"
-STEP = re.compile(r"step-(0|[1-9]\d*)")
+STEP, PHASE = re.compile(r"step-(0|[1-9]\d*)"), re.compile(r"phase-([1-9]\d*)")
 HALF = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` names what it has not finished
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def claim(run_dir, resume: bool = False) -> Iterator[Run]:
 
 
 def _refuse_run(path: Path, resume: bool) -> None:
-    if not resume and ((path / METRICS).exists() or steps(path)):
+    if not resume and ((path / METRICS).exists() or steps(path) or phases(path)):
         raise ValueError(f"{path} already holds a run: continue it with --resume, or choose another output")
 
 
@@ -101,9 +101,17 @@ def sweep(run_dir: Path) -> None:
 
 def steps(run_dir) -> list[int]:
     """The steps that have a checkpoint directory, whole or damaged, in order."""
-    run_dir = Path(run_dir)
+    return _numbers(Path(run_dir), STEP)
+
+
+def phases(run_dir) -> list[Path]:
+    """The directories of the runs that a run in phases consists of, in order; none of any other run."""
+    return [Path(run_dir) / f"phase-{number}" for number in _numbers(Path(run_dir), PHASE)]
+
+
+def _numbers(run_dir: Path, name: re.Pattern) -> list[int]:
     names = [entry.name for entry in run_dir.iterdir() if entry.is_dir()] if run_dir.is_dir() else []
-    return sorted(int(match[1]) for match in map(STEP.fullmatch, names) if match)
+    return sorted(int(match[1]) for match in map(name.fullmatch, names) if match)
 
 
 def save(

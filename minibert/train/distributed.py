@@ -52,10 +52,12 @@ class World:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def check(self, accumulate: int) -> None:
-        """Raise ValueError unless every process gets as many micro-batches of a step."""
+    def check(self, accumulate: int, split_on_oom: bool = False) -> None:
+        """Raise ValueError unless every process gets as many micro-batches of a step, and keeps them as they are."""
         if (near := self.fill(accumulate)) != accumulate:
             raise ValueError(f"accumulate={accumulate} is not divisible by {self.size} processes: use {near}")
+        if split_on_oom and self.size > 1:
+            raise ValueError(f"split_on_oom=True is for one process, not for {self.size}: use smaller micro-batches")
 
     def fill(self, count: int) -> int:
         """The least number from `count` on of which every process gets as many."""

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from minibert_kernels.philox import fold
 from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
+from ..model.encoder import Encoder
 from . import checkpoint
 from .average import Average
 from .card import record_run, write_card
@@ -39,6 +39,7 @@ from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, cut_by_depth, drop_frozen, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES, factor, micro_batches
+from .signals import listen
 from .writers import WRITERS
 
 Dtype = Literal["float32", "bfloat16"]
@@ -52,6 +53,7 @@ FREE = (
     "keep_last",
     "writer",
     "parallel",
+    "checkpoint_activations",
 )  # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,10 @@ class TrainConfig:
     unfreeze: a share of the run in which the layers begin to learn one after the other, the embeddings at its end.
     clip: largest norm of the gradient, None for no limit.
     accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
+    split_on_oom: where memory runs out, compute micro-batches in halves, quarters … by sequences, for the same gradient
+        but for the order of sums; one process only.
+    checkpoint_activations: keep the inputs of the encoder's blocks alone, and compute the blocks again in the backward
+        pass: the same bits in less memory.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
     spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
     patience: stop after so many evaluations without a better best_metric.
@@ -120,6 +126,8 @@ class TrainConfig:
     clip: float | None = 1.0
     accumulate: int = 1
     ramp: float = 0.0
+    split_on_oom: bool = False
+    checkpoint_activations: bool = False
     ema: float | None = None
     spike: float | None = None
     skip: int = 0
@@ -196,12 +204,16 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its steps, last evaluation, the record of the best one, and where the last checkpoint lies."""
+    """How a run ended: its steps, last evaluation, the record of the best one, and where the last checkpoint lies.
+
+    signal: what came too late to interrupt it; whoever goes on to other work should not.
+    """
 
     step: int
     metrics: dict[str, float]
     best: dict | None
     checkpoint: Path
+    signal: int | None = None
 
 
 def check_device(device: str) -> torch.device:
@@ -236,6 +248,7 @@ def train(
     parts: Callable[[Batch], dict[str, int]] = mean_over_sequences,
     weights: Mapping[str, float] | None = None,
     settings: Mapping[str, Any] | None = None,
+    moments: Path | None = None,
 ) -> Result:
     """Train `model` in place; write `metrics.jsonl` and checkpoints `step-N/` into `run_dir`.
 
@@ -250,12 +263,13 @@ def train(
             loss of a step is the sum of those means over all its micro-batches together: the same however it is cut.
         weights: of the losses in that sum, 1 where a name is not in it; kept with the settings.
         settings: whatever else decides the result, in JSON's types: saved, and compared when the run resumes.
+        moments: a checkpoint of a run before this one, whose optimizer's state to begin with.
     Raises:
         ValueError: settings differ from those of the run to resume, or see `claim` and `checkpoint.latest`.
         NonFiniteError: a loss or gradient is not finite. Interrupted: a signal came. OSError: disk full and the like.
     """
     with contextlib.nullcontext(run_dir) if isinstance(run_dir, Run) else claim(run_dir, resume) as run:
-        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}, weights).run()
+        return Trainer(model, data, evaluate, config, run, tokenizer, parts, settings or {}, weights, moments).run()
 
 
 class Trainer:
@@ -263,10 +277,10 @@ class Trainer:
 
     def __init__(
         self, model, data, evaluate, config: TrainConfig, run: Run, tokenizer, parts, settings: Mapping,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | None = None, moments: Path | None = None,
     ):  # fmt: skip
         self.world = World.current()
-        self.world.once(lambda: self.world.check(config.accumulate))
+        self.world.once(lambda: self.world.check(config.accumulate, config.split_on_oom))
         self.device = self.world.place(check_device(config.device))
         if config.parallel == "fsdp" and self.world.size > 1:
             from .sharded import Sharded  # imports half a second of torch
@@ -283,6 +297,9 @@ class Trainer:
             # what an evaluation fitted beside the weights
             fitted = hub.load_config(directory).task_specific_params
             model.config = model.config.replace(task_specific_params=fitted)
+        for module in model.modules():
+            if isinstance(module, Encoder):
+                module.recompute = config.checkpoint_activations
         self.model = self.world.host(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
@@ -290,8 +307,11 @@ class Trainer:
         self.average = None if config.ema is None else Average(model, config.ema)
         self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
+        self.pieces = 1  # of a micro-batch: more where memory ran out
         self.best, self.metrics, self.checkpoint = None, {}, None
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
+        if moments:
+            self._load_tensors(moments / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
         if directory is not None:
             self.load(directory, state)
         if run.resume:
@@ -309,7 +329,7 @@ class Trainer:
             open(os.devnull, "w") as silence,
             log,
             Progress(config.steps, self.step, None if leads else silence) as progress,
-            _signals() as signals,
+            listen() as signals,
         ):
             self.model.train()
             self.over = self._is_over() or self._is_stale()
@@ -342,7 +362,8 @@ class Trainer:
                     self.save()
                 if came and not self.over:
                     self._stop(came[0])
-        return Result(self.step, self.metrics, self.best, self.checkpoint)
+        came = self.world.agree(signals)
+        return Result(self.step, self.metrics, self.best, self.checkpoint, came[0] if came else None)
 
     def _due(self, every: int | None) -> bool:
         return self.over or (every is not None and self.step % every == 0)
@@ -385,6 +406,20 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _backward(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
+        """Gradients of one step, with smaller pieces where memory runs out. Returns what `_gradients` does."""
+        while True:
+            try:
+                return self._gradients(batches, weights)
+            except torch.OutOfMemoryError:
+                if not self.config.split_on_oom or self.pieces >= max(batch.num_sequences for batch in batches):
+                    raise
+            # out here, where the error no longer holds on to what the try had made
+            self.pieces *= 2
+            logger.warning(
+                "step %d: out of memory: micro-batches are cut into %d from here", self.step + 1, self.pieces
+            )
+
+    def _gradients(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
         """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses.
 
         The norm is that of the reduced gradient and the losses are those of all ranks: each decides the same.
@@ -394,17 +429,27 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         world, losses = self.world, []
         for batch, share in zip(batches, weights[world.rank :: world.size], strict=True):
-            with world.reducing(self.losses, last=batch is batches[-1]):
-                with self._autocast():
-                    means = self.losses(batch.to(self.device), seed, list(share))
-                # times the ranks, over which the gradients will be averaged
-                factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
-                sum(means[name] * factor for name, factor in factors.items()).backward()
-            losses.append(torch.stack([mean.detach().float() for mean in means.values()]))
+            # times the ranks, over which the gradients will be averaged
+            factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
+            total = torch.zeros(len(share), device=self.device)
+            for piece, own in self._cut(batch):
+                with world.reducing(self.losses, last=batch is batches[-1]):
+                    with self._autocast():
+                        means = self.losses(piece.to(self.device), seed, list(share))
+                    sum(means[name] * (own[name] * factor) for name, factor in factors.items()).backward()
+                total += torch.stack([own[name] * mean.detach().float() for name, mean in means.items()])
+            losses.append(total)
         if self.config.unfreeze:
             drop_frozen(self.optimizer, self.config.progress(self.step, self._elapsed()))
         norm = world.clip(self.model, self.config.clip or math.inf)
         return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
+
+    def _cut(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, float]]]:
+        """The pieces of a micro-batch, and the share that each has in its losses."""
+        counts = self.parts(batch)
+        for piece in batch.split(self.pieces):
+            own = counts if piece is batch else self.parts(piece)
+            yield piece, {name: own[name] / count if count else 1.0 for name, count in counts.items()}
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
         """The optimizer's step, unless the guard finds it bad. Returns the record of the step."""
@@ -419,7 +464,7 @@ class Trainer:
             if not math.isfinite(loss)
         ]
         loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
-        record = {"step": self.step + 1, "loss": loss} | means
+        record = {"step": self.step + 1, "loss": loss} | means | ({"pieces": self.pieces} if self.pieces > 1 else {})
         if broken:
             fault, numbers = f"{broken[0][0]} is {broken[0][1]}", [number for _, _, number in broken]
         else:
@@ -499,7 +544,7 @@ class Trainer:
     def _describe(self, directory: Path) -> None:
         """Write what a checkpoint holds beside tensors."""
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
-        state["guard"] = self.guard.state
+        state |= {"guard": self.guard.state, "pieces": self.pieces}
         if self.config.minutes is not None:  # without, the bytes do not depend on the clock
             state["seconds"] = time.monotonic() - self.started
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
@@ -514,6 +559,7 @@ class Trainer:
         self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
         self.best, self.metrics = state["best"], state["metrics"]
         self.guard.load(state.get("guard", {}))
+        self.pieces = state.get("pieces", 1)
         self.started -= state.get("seconds", 0.0)
 
     def _load_tensors(self, path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:
@@ -536,28 +582,6 @@ class Trainer:
                 "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
             )
         return directory, state
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGINT or SIGTERM that came meanwhile; a second one acts as it would without us."""
-    came: list[int] = []
-
-    def restore():
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    def note(signum, frame):
-        came.append(signum)
-        restore()
-
-    # python lets only the main thread listen
-    listening = threading.current_thread() is threading.main_thread()
-    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM) if listening}
-    try:
-        yield came
-    finally:
-        restore()
 
 
 def _refuse_changes(saved, now, run_dir, name: str = "") -> None:

@@ -28,13 +28,16 @@ _NVLAMB = _BERT | {
 RECIPES: dict[str, dict[str, Any]] = {
     # Devlin et al. (2019): 1 M steps of 256 sequences, on one line from the peak to 0; the first 900,000 of length 128.
     # Deviates: 15 % of the tokens are masked however many they are (there: 20 of a sequence at most); float32.
-    "original": _ORIGINAL | _batch(256, 128) | {"steps": 900_000, "lr": 1e-4, "warmup": 1 / 90, "final_lr": 10 / 99},
-    # its last 100,000 steps, of length 512, from --init of the run before. Deviates: the moments begin at 0 again.
-    "original-512": _ORIGINAL | _batch(256, 512) | {"steps": 100_000, "lr": 1e-4 * 10 / 99, "warmup": 0.0},
-    # NVIDIA DeepLearningExamples, BERT-large in two phases. Deviates: bfloat16 for float16 with a loss scale.
-    "nvlamb": _NVLAMB | _batch(65536, 128) | {"steps": 7038, "lr": 6e-3, "warmup": 0.2843},
-    # the second phase, from --init of the run before
-    "nvlamb-512": _NVLAMB | _batch(32768, 512) | {"steps": 1563, "lr": 4e-3, "warmup": 0.128},
+    "original": _ORIGINAL | {"phases": [
+        _batch(256, 128) | {"steps": 900_000, "lr": 1e-4, "warmup": 1 / 90, "final_lr": 10 / 99},
+        _batch(256, 512) | {"steps": 100_000, "lr": 1e-4 * 10 / 99, "warmup": 0.0},
+    ]},
+    # NVIDIA DeepLearningExamples, BERT-large in two phases. Deviates: bfloat16 for float16 with a loss scale; the
+    # moments' bias correction counts on from the first phase (there: begins again).
+    "nvlamb": _NVLAMB | {"phases": [
+        _batch(65536, 128) | {"steps": 7038, "lr": 6e-3, "warmup": 0.2843},
+        _batch(32768, 512) | {"steps": 1563, "lr": 4e-3, "warmup": 0.128},
+    ]},
     # MosaicBERT (Portes et al., 2023). Its weight decay of 1e-5 is not multiplied by the rate: here, the same step at
     # the peak. Deviates: learned positions for ALiBi; biases and norms do not decay; evaluates at 30 % masked, too.
     "mosaic": _batch(4096, 128) | {
@@ -72,14 +75,26 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 # an option of a recipe that means nothing beside another one that was given
 REPLACED = {"steps": ("minutes",), "minutes": ("steps",), "mask_count": ("mask_rate", "batch_tokens")}
+SHARES = ("steps", "minutes")  # what a phase gets of that which is given for all of them
 
 
 def recipe_options(name: str, given: Iterable[str] = ()) -> dict[str, Any]:
     """The options of a recipe, without those that the given ones replace: `minutes` replaces `steps`, and so on.
 
+    What is given replaces the same in its phases, too, but for their steps: by those it is shared out.
     Raises:
         ValueError: there is no such recipe.
     """
     one_of("recipe", name, RECIPES)
     given = set(given)
-    return {key: value for key, value in RECIPES[name].items() if given.isdisjoint(REPLACED.get(key, ()))}
+
+    def stays(key: str) -> bool:
+        return given.isdisjoint(REPLACED.get(key, ()))
+
+    options = {key: value for key, value in RECIPES[name].items() if stays(key)}
+    if "phases" in options:
+        options["phases"] = [
+            {key: value for key, value in phase.items() if key in SHARES or (key not in given and stays(key))}
+            for phase in options["phases"]
+        ]
+    return options

@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from minibert.cli import build_parser, main, parse
-from minibert.cli.pretraining import TRAINING
+from minibert.cli.common import resolve_model
+from minibert.cli.phases import plan_phases
+from minibert.cli.pretraining import PHASED, TRAINING
 from minibert.config import BertConfig
 from minibert.train import METRICS, RECIPES, TrainConfig, latest, read_metrics, recipe_options
 
@@ -12,10 +14,14 @@ SENTENCE = "the lamp is good bad kettle film soup was not very kind of broken an
 DAY = 24 * 60
 # what the sources say, in their own units: sequences of a batch, and so on
 FIGURES = {
-    "original": {"batch": 256, "length": 128, "steps": 900_000, "lr": 1e-4, "warmup_steps": 10_000, "beta2": 0.999},
-    "original-512": {"batch": 256, "length": 512, "steps": 100_000, "eps": 1e-6, "weight_decay": 0.01, "clip": 1.0},
-    "nvlamb": {"batch": 65536, "length": 128, "steps": 7038, "lr": 6e-3, "warmup": 0.2843, "weight_decay": 0.01},
-    "nvlamb-512": {"batch": 32768, "length": 512, "steps": 1563, "lr": 4e-3, "warmup": 0.128, "optimizer": "lamb"},
+    "original": [
+        {"batch": 256, "length": 128, "steps": 900_000, "lr": 1e-4, "warmup_steps": 10_000, "beta2": 0.999},
+        {"batch": 256, "length": 512, "steps": 100_000, "eps": 1e-6, "weight_decay": 0.01, "clip": 1.0},
+    ],
+    "nvlamb": [
+        {"batch": 65536, "length": 128, "steps": 7038, "lr": 6e-3, "warmup": 0.2843, "weight_decay": 0.01},
+        {"batch": 32768, "length": 512, "steps": 1563, "lr": 4e-3, "warmup": 0.128, "optimizer": "lamb"},
+    ],
     "mosaic": {"batch": 4096, "length": 128, "steps": 70_000, "lr": 5e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6,
                "decay_at_the_peak": 1e-5, "warmup": 0.06, "schedule": "linear", "final_lr": 0.02, "mask_rate": 0.3},
     "crammed": {"batch": 8192, "length": 128, "minutes": DAY, "lr": 1e-3, "ramp": 0.6, "clip": 0.5, "mask_rate": 0.25,
@@ -24,12 +30,20 @@ FIGURES = {
             "model": "bert-large"},
     "modern": {"decay_at_the_peak": 1e-5, "schedule": "trapezoid", "mask_rate": 0.3, "beta2": 0.98},
 }  # fmt: skip
-NSP = {"original", "original-512", "nvlamb", "nvlamb-512"}
+NSP = {"original", "nvlamb"}
 NO_DROPOUT = {"crammed", "modern"}
 
 
 def options_of(*flags):
     return parse(build_parser("pretrain"), ["--data", "x", "--out", "y", *flags])
+
+
+def phases_of(*flags):
+    """The options of each phase; of the whole, where there are none."""
+    options = options_of(*flags)
+    if not options["phases"]:
+        return [options]
+    return [options | phase for phase in plan_phases(options["phases"], options, PHASED)]
 
 
 def config_of(options):
@@ -38,23 +52,24 @@ def config_of(options):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_parses_and_has_the_figures_of_its_source(name):
-    options = options_of("--recipe", name)
-    config = config_of(options)
-    actual = options | {
-        "batch": options["accumulate"] * options["batch_tokens"] / options["max_length"],
-        "length": options["max_length"],
-        "decay_at_the_peak": options["weight_decay"] * options["lr"],
-        "warmup_steps": config.steps and config.warmup_steps,
-    }
-    assert {key: actual[key] for key in FIGURES[name]} == pytest.approx(FIGURES[name])
-    assert options["objectives"] == ["mlm", "nsp"][: 1 + (name in NSP)]
-    architecture = BertConfig.preset(options["model"], **options["arch"])
-    assert (architecture.hidden_dropout_prob == 0) == (name in NO_DROPOUT)
-    assert architecture.max_position_embeddings >= options["max_length"]
+    figures = FIGURES[name] if isinstance(FIGURES[name], list) else [FIGURES[name]]
+    for options, expected in zip(phases_of("--recipe", name), figures, strict=True):
+        config = config_of(options)
+        actual = options | {
+            "batch": options["accumulate"] * options["batch_tokens"] / options["max_length"],
+            "length": options["max_length"],
+            "decay_at_the_peak": options["weight_decay"] * options["lr"],
+            "warmup_steps": config.steps and config.warmup_steps,
+        }
+        assert {key: actual[key] for key in expected} == pytest.approx(expected)
+        assert options["objectives"] == ["mlm", "nsp"][: 1 + (name in NSP)]
+        architecture = BertConfig.preset(options["model"], **options["arch"])
+        assert (architecture.hidden_dropout_prob == 0) == (name in NO_DROPOUT)
+        assert architecture.max_position_embeddings >= options["max_length"]
 
 
 def test_the_two_phases_of_the_original_are_one_line():
-    first, second = (config_of(options_of("--recipe", name)) for name in ("original", "original-512"))
+    first, second = map(config_of, phases_of("--recipe", "original"))
 
     def rate(config, step):
         return config.learning_rate(config.progress(step, 0.0))
@@ -85,6 +100,10 @@ def test_a_recipe_fits_itself_to_the_time_or_the_steps_given():
     for flag in ("--batch-tokens=512", "--mask-rate=0.15"):
         assert options_of("--recipe", "crammed", flag)["mask_count"] is None
     assert "steps" not in recipe_options("mosaic", {"minutes"})
+    for name in ("original", "nvlamb"):
+        assert sum(phase["minutes"] for phase in phases_of("--recipe", name, "--minutes", "30")) == 30
+        assert sum(phase["steps"] for phase in phases_of("--recipe", name, "--steps", "40")) == 40
+        assert {phase["lr"] for phase in phases_of("--recipe", name, "--lr", "0.5")} == {0.5}
 
 
 def test_a_recipe_that_is_none_is_named(capsys):
@@ -122,14 +141,17 @@ def test_a_run_of_a_recipe_repeats_from_its_own_config_file(crammed):
     assert {name: again[name] for name in saved} == saved
 
 
-def test_a_second_phase_begins_with_the_weights_of_the_first(crammed, tmp_path):
-    command = f"pretrain --data {crammed}/data --init {crammed} --out {tmp_path}/run --recipe nvlamb-512 --steps 2"
+def test_a_recipe_of_two_phases_is_one_command(crammed, tmp_path):
+    command = f"pretrain --data {crammed}/data --init {crammed} --out {tmp_path}/run --recipe nvlamb --steps 6"
     small = "--no-nsp --max-length 64 --batch-tokens 256 --accumulate 1 --valid-fraction 0.2 --log-every 1 --device cpu"
     assert main(f"{command} {small}".split()) == 0
-    first, second = (read_metrics(folder / METRICS) for folder in (crammed, tmp_path / "run"))
-    assert second[0]["loss"] == pytest.approx(first[-1]["loss"], rel=0.1)
-    assert second[0]["learning_rate"] == pytest.approx(4e-3)
-    assert (tmp_path / "run/step-2/config.json").read_text() == (latest(crammed) / "config.json").read_text()
+    first, second = (read_metrics(tmp_path / "run" / phase / METRICS) for phase in ("phase-1", "phase-2"))
+    assert [len(first), len(second)] == [5, 1] and second[0]["learning_rate"] == pytest.approx(4e-3)
+    begun = read_metrics(crammed / METRICS)[-1]["loss"]
+    assert first[0]["loss"] == pytest.approx(begun, rel=0.1)
+    assert (resolve_model(tmp_path / "run") / "config.json").read_text() == (
+        latest(crammed) / "config.json"
+    ).read_text()
 
 
 def test_a_run_is_drawn(crammed, tmp_path, capsys):

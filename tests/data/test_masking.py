@@ -140,10 +140,10 @@ def span_oracle(ids, seed, rate, max_span):
         if token >= 5:
             spans.append((words[0], i, span))
     chosen = set()
-    for _, _, span in sorted(spans):
-        if len(chosen) >= max(round(rate * len(spans)), 1):
+    for at in (at for _, _, span in sorted(spans) for at in span):
+        if len(chosen) == max(round(rate * len(spans)), 1):
             break
-        chosen.update(span)
+        chosen.add(at)
     return sorted(chosen)
 
 
@@ -211,12 +211,22 @@ def test_every_chosen_token_may_become_mask():
 
 
 def test_spans_are_as_long_as_they_were_in_the_paper():
-    ids, lengths = np.full(2000 * 100, 7), np.full(2000, 100)
-    masker = Masker(0, **OPTIONS, rate=1e-9, unit="span")  # one token is wanted, and its span is taken whole
-    _, rows, _ = masker(ids, lengths, np.zeros(2000, int), np.arange(2000))
-    sizes = np.bincount(rows // 100, minlength=2000)
-    assert sizes.min() == 1 and sizes.max() == 10
+    ids, lengths, sizes = np.full(2000 * 100, 7), np.full(2000, 100), np.zeros(2000, int)
+    for share in range(1, 12):
+        masker = Masker(0, **OPTIONS, rate=share / 100, unit="span")
+        rows = masker(ids, lengths, np.zeros(2000, int), np.arange(2000))[1].reshape(2000, share)
+        # all from the first on: one span, or what there is of it
+        sizes += (sizes == share - 1) & (rows[:, -1] - rows[:, 0] == share - 1)
+    # two spans lie beside each other now and then
+    assert sizes.min() == 1 and (sizes > 10).mean() < 0.01
     assert sizes.mean() == pytest.approx(3.8, abs=0.2)
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.4])
+def test_spans_end_where_the_share_is_reached(rate):
+    for length in (1, 10, 37, 126):
+        for sample in range(50):
+            assert len(mask(sentence(length), 0, 0, sample, rate=rate, unit="span")[1]) == max(round(rate * length), 1)
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,41 @@ def test_what_does_not_fit_is_named():
         with pytest.raises(ValueError) as error:
             call()
         assert str(error.value) == message
+
+
+TARGETS = {
+    "mlm_rows": [0, 0, 1, 4, 5, 9],
+    "mlm_labels": [-100, -100, 7, 8, 9, 6],
+    "nsp_labels": [0, 1, 0, 1, 1],
+    "sop_labels": [1, 0, -100, 0, 1],
+    "labels": [[0.0, 1.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0]],
+}
+WHOLE = pack(
+    [[5, 6, 7], [], [8, 9], [4, 4, 4, 4], [3]],
+    [[0, 0, 1], [], [0, 1], [0, 1, 1, 1], [0]],
+    seq_ids=[10, 3, 2**40, 7, 8],
+    **{name: torch.tensor(values) for name, values in TARGETS.items()},
+)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
+def test_a_batch_is_split_by_sequences_that_keep_all_that_is_theirs(count):
+    pieces = WHOLE.split(count)
+    assert len(pieces) == min(count, 5) and sum((piece.lengths for piece in pieces), ()) == WHOLE.lengths
+    assert max(piece.num_sequences for piece in pieces) == -(-5 // len(pieces))
+    for name in ("input_ids", "token_type_ids", "positions", "rows", "seq_ids", "mlm_labels", *TARGETS):
+        begins = np.cumsum([0, *(piece.num_tokens for piece in pieces)])
+        shifts = begins if name == "mlm_rows" else [0] * len(begins)
+        joined = torch.cat([getattr(piece, name) + shift for piece, shift in zip(pieces, shifts, strict=False)])
+        assert torch.equal(joined, getattr(WHOLE, name)), name
+    for piece in pieces:
+        assert (
+            piece.cu_seqlens.dtype == torch.int32
+            and piece.cu_seqlens.tolist() == np.cumsum([0, *piece.lengths]).tolist()
+        )
+        assert piece.max_seqlen == max(piece.lengths)
+
+
+def test_a_batch_without_targets_or_sequences_is_split_too():
+    assert [piece.input_ids.tolist() for piece in pack([[5, 6], [7]]).split(2)] == [[5, 6], [7]]
+    assert [piece.num_tokens for piece in pack([]).split(4)] == [0]

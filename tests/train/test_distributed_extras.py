@@ -1,15 +1,20 @@
 """What a run may have beside its steps, where several processes train: each of them decides the same."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distributed import Failed, assert_weights_are_close, together, train_tiny
+from test_distributed import Failed, assert_logs_are_close, assert_weights_are_close, together, train_tiny
 from test_loop import Crash, assert_runs_are_equal, log_of
 from test_loop_extras import budget, clocked
 from tiny_run import Stream, make_config, make_model
 
+from minibert.cli import VERBS, build_parser, parse
+from minibert.data import PretrainingData
+from minibert.data.sample import write_sample_corpus
 from minibert.train import WRITERS, best, latest
 
 
@@ -114,3 +119,36 @@ def test_a_writer_that_the_first_process_does_not_have_ends_the_others(tmp_path,
     config = make_config(accumulate=2, writer="wandb")
     results = together(2, lambda world: train_tiny(tmp_path / "run", config=config), tmp_path)
     assert results == [Failed("ValueError", "no such package"), Failed("PeerFailed", "rank 0 failed, and says why")]
+
+
+def test_phases_in_two_processes_stop_together_and_go_on(tmp_path):
+    corpus = write_sample_corpus(tmp_path / "topics.jsonl")
+    arch = "--arch.hidden_size 12 --arch.num_attention_heads 2 --arch.intermediate_size 20 --arch.num_hidden_layers 1"
+    rest = "--accumulate 2 --device cpu --vocab-size 200 --batch-tokens 256 --log-every 1 --eval-batches 2"
+    phases = ["--phases", "{max_length: 24, steps: 3}", "{max_length: 40, steps: 2}"]
+
+    def pretrain(out, *flags):
+        argv = ["--data", str(corpus), "--out", str(out), *f"{arch} {rest}".split(), *phases, *flags]
+        VERBS["pretrain"](
+            **{k: v for k, v in parse(build_parser("pretrain"), argv).items() if k not in ("config", "debug")}
+        )
+
+    def stopped(world):
+        before, made = PretrainingData.next_batch, []
+
+        def next_batch(self, cursor):
+            made.append(cursor)
+            if world.rank == 1 and len(made) == 4:  # drawn in the last step of the first phase
+                os.kill(os.getpid(), signal.SIGTERM)
+            return before(self, cursor)
+
+        PretrainingData.next_batch = next_batch  # of this process, which is a fork
+        pretrain(tmp_path / "two")
+
+    pretrain(tmp_path / "one")
+    ends = together(2, stopped, tmp_path / "stopped")
+    assert [end.kind for end in ends] == ["Interrupted"] * 2
+    assert "SIGTERM at the end of phase 1" in ends[0].message and not (tmp_path / "two/phase-2").exists()
+    assert together(2, lambda world: pretrain(tmp_path / "two", "--resume"), tmp_path / "resumed") == [None] * 2
+    for phase in ("phase-1", "phase-2"):
+        assert_logs_are_close(tmp_path / "one" / phase, tmp_path / "two" / phase, rel=1e-4)
