@@ -48,13 +48,6 @@ Parallel = Literal["ddp", "fsdp"]
 OPTIMIZER = "optimizer.safetensors"
 TRAINED = "trained.safetensors"  # the weights themselves, where model.safetensors holds their average
 DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
-FREE = (
-    "save_every",
-    "keep_last",
-    "writer",
-    "parallel",
-    "checkpoint_activations",
-)  # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
 logger = logging.getLogger(__name__)
 
 
@@ -576,24 +569,12 @@ class Trainer:
             return None, None
         state = checkpoint.read_trainer(directory)
         for part in ("config", "settings"):
-            _refuse_changes(state[part], self.saved[part], self.path)
+            checkpoint.refuse_changes(state[part], self.saved[part], self.path)
         if state["versions"] != _versions():
             logger.warning(
                 "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
             )
         return directory, state
-
-
-def _refuse_changes(saved, now, run_dir, name: str = "") -> None:
-    """Raise ValueError for the first field, however deep, that is not what the run was started with."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in sorted(saved.keys() | now.keys()):
-            if name or key not in FREE:
-                _refuse_changes(saved.get(key), now.get(key), run_dir, f"{name}.{key}".strip("."))
-    elif saved != now:
-        raise ValueError(
-            f"{run_dir} was started with {name}={saved!r}, now it is {now!r}: resume with what it was started with"
-        )
 
 
 def _versions() -> dict[str, str]:
