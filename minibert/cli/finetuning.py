@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
+from ..data.report import figure_class
 from ..data.tokenizer import Tokenizer
 from ..files import open_atomically, write_atomically
 from ..hub import load_config
@@ -29,8 +30,7 @@ from ..tasks import evaluate as measure
 from ..tasks import predict as answer
 from ..tasks.base import CHUNK
 from ..tasks.finetune import finetune as fit
-from ..tasks.finetune import numbers
-from ..train import Run, World
+from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, World
 from .common import (
     BadRecords,
     check_backend,
@@ -77,9 +77,12 @@ from .flags import (
     Truncate,
     Warmup,
 )
+from .sweeping import grid, report_runs
 
-TRAINING = "lr warmup weight_decay clip accumulate split_on_oom dtype save_every keep_last log_every parallel"
-FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle resume"
+RESULTS = "results.json"
+TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate split_on_oom ema patience
+dtype save_every keep_last log_every parallel seed device"""
+FITTING = "max_train batch_size epochs steps eval_every scratch reinit_layers backend allow_pickle resume"
 
 
 def finetune(
@@ -101,22 +104,38 @@ def finetune(
     max_train: Annotated[int | None, "learn from so many examples, drawn by the seed; None for all"] = None,
     max_length: Annotated[int | None, "tokens of a text; by default what the model takes"] = None,
     truncate: Truncate = False,
+    class_weights: Annotated[str | None, "balanced: rare classes count as much as frequent ones in the loss"] = None,
+    label_smoothing: Annotated[float, "share of a label that the loss spreads over all classes"] = 0.0,
+    calibrate: Annotated[bool, "fit a temperature to the held-out examples, for probabilities that hold"] = False,
     scratch: Annotated[bool, "take the architecture and tokenizer of --init, and new weights"] = False,
+    reinit_layers: Annotated[int, "draw new weights for so many of the last layers, and for the pooler"] = 0,
     epochs: Annotated[float, "passes over the training examples, where --steps is not given"] = 3,
     steps: Steps = None,
     batch_size: BatchSize = 32,
+    optimizer: Annotated[str, ", ".join(OPTIMIZERS)] = "adamw",
     lr: Lr = 5e-5,
+    layer_decay: Annotated[
+        float, "the rate of a layer over that of the one above; 0.9 moves the lower ones less"
+    ] = 1.0,
+    unfreeze: Annotated[float, "share of the run in which the layers begin to learn, from the last to the first"] = 0.0,
     warmup: Warmup = 0.1,
+    schedule: Annotated[str, f"of the learning rate: {', '.join(SCHEDULES)}"] = "linear",
     weight_decay: Decay = 0.01,
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
     split_on_oom: SplitOnOom = False,
+    ema: Annotated[float | None, "average the weights, with this decay; evaluate and save the average"] = None,
+    patience: Annotated[int | None, "stop after so many evaluations without a better result"] = None,
     eval_every: Annotated[int | None, "steps between evaluations; by default one an epoch"] = None,
     save_every: SaveEvery = None,
     keep_last: KeepLast = 1,
     log_every: LogEvery = 10,
     seed: Seed = 0,
     seeds: Annotated[int, "so many runs, with --seed and those after it: mean and standard deviation"] = 1,
+    sweep: Annotated[
+        dict[str, list[bool | int | float | str | None]], "a run for each: '{lr: [2e-5, 5e-5], epochs: [2, 3]}'"
+    ] = {},  # noqa: B006
+    learning_curve: Annotated[list[int], "a run for each number of training examples, and a picture"] = (),
     device: Device = "auto",
     dtype: Dtype = "float32",
     parallel: Parallel = "ddp",
@@ -138,17 +157,26 @@ def finetune(
     World.current().check(accumulate, split_on_oom)
     options["device"] = resolve_device(device)
     check_backend(backend, options["device"])
-    source, wanted = resolve_model(init), chosen_task(options)
-    results = []
-    for number in range(seeds):
-        here = Path(out) / f"seed-{seed + number}" if seeds > 1 else Path(out)
-        results.append(one_run(wanted, source, here, options | {"seed": seed + number}))
-    if seeds > 1 and World.current().leads:
-        report_seeds(results, Path(out), seed)
+    source, runs, results = resolve_model(init), grid(options), {}
+    options |= {"seeds": 1, "sweep": {}, "learning_curve": []}  # a run's config.yaml is of that run
+    tasks = {folder: chosen_task(options | changes) for folder, changes in runs.items()}
+    if learning_curve:
+        figure_class()  # where there is none, say so before hours of work
+    for number, (folder, changes) in enumerate(runs.items(), 1):
+        if len(runs) > 1:
+            say(f"run {number} of {len(runs)}: {folder}", markup=False)
+        try:
+            results[folder] = changes, one_run(tasks[folder], source, Path(out) / folder, options | changes)
+        except NonFiniteError as error:
+            if len(runs) == 1:
+                raise
+            say(f"left out: {error}", markup=False)
+    if len(runs) > 1 and results and World.current().leads:
+        report_runs(results, tasks[folder], Path(out), curve=bool(learning_curve))
 
 
 def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dict[str, dict]:
-    """Fine-tune once; what the best checkpoint reaches, by split."""
+    """Fine-tune once; what the best checkpoint reaches, by split, and the number of examples it learned from."""
     parts = read_parts(task, options)
 
     def begin(run: Run, network: nn.Module) -> None:
@@ -156,14 +184,17 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
         say(f"new parameters: {'all' if options['scratch'] else ', '.join(network.new_parameters) or 'none'}")
 
-    fit(task, parts, source, out, begin=begin, **pick(options, TRAINING + FITTING))
-    return report_best(out, parts, options) if World.current().leads else {}
+    fit(task, parts, source, out, begin=begin, **pick(options, f"{TRAINING} {FITTING}"))
+    examples = min(len(parts["train"]), options["max_train"] or len(parts["train"]))
+    return {"train": {"examples": examples}} | (report_best(out, parts, options) if World.current().leads else {})
 
 
 def chosen_task(options: dict[str, Any]) -> Task:
     """The task that the flags ask for; a flag that is not set leaves the task's own default."""
-    flags = pick(options, "text_column pair_column label_column max_length truncate")
-    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    names = "text_column pair_column label_column max_length truncate class_weights label_smoothing calibrate"
+    given = {name: value for name, value in pick(options, names).items() if value is not None and value is not False}
+    if not given["label_smoothing"]:
+        given.pop("label_smoothing")  # a task without classes has no such option
     return make_task(options["task"], **given | options["option"])
 
 
@@ -202,28 +233,21 @@ def check_labelled(examples: list[Example], source: Source) -> None:
 
 
 def report_best(out: Path, parts: dict[str, list[Example]], options: dict[str, Any]) -> dict[str, dict]:
-    """Print and keep what the best checkpoint reaches on the held-out examples, and on the test set."""
+    """Print and keep what the best checkpoint reaches on the held-out examples, and on the test set.
+
+    A run that was done already when it was resumed has kept it.
+    """
+    splits, kept = [split for split in ("valid", "test") if split in parts], out / RESULTS
+    if options["resume"] and kept.is_file() and list(results := jsonlib.loads(kept.read_text())) == splits:
+        return results
     best = resolve_model(out)
     network = load(head_of(best), best, options["device"], options["backend"], False)
     task, tokenizer, results = task_of(network), Tokenizer.from_pretrained(best), {}
-    for split in ("valid", "test"):
-        if split in parts:
-            results[split] = measure(task, network, tokenizer, parts[split])
-            print_result({"split": split, **results[split], "checkpoint": str(best)}, as_json=False)
-    write_atomically(out / "results.json", jsonlib.dumps(results, indent=2) + "\n")
+    for split in splits:
+        results[split] = measure(task, network, tokenizer, parts[split])
+        print_result({"split": split, **results[split], "checkpoint": str(best)}, as_json=False)
+    write_atomically(kept, jsonlib.dumps(results, indent=2) + "\n")
     return results
-
-
-def report_seeds(results: list[dict[str, dict]], out: Path, seed: int) -> None:
-    """Print and keep mean and standard deviation over the runs."""
-    table = {}
-    for split in results[0]:
-        for name in numbers(results[0][split]):
-            values = [result[split][name] for result in results]
-            table[f"{split} {name}"] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
-    kept = {"seeds": [seed + number for number in range(len(results))], "numbers": table, "runs": results}
-    write_atomically(out / "seeds.json", jsonlib.dumps(kept, indent=2) + "\n")
-    print_result({"seeds": len(results), "mean and standard deviation": table}, as_json=False)
 
 
 def evaluate(

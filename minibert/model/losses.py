@@ -18,7 +18,8 @@ def problem_type(config: BertConfig, labels: Tensor) -> str:
 
 
 def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss over the sequences, in float32.
+    """Mean loss over the sequences, in float32; classes have `class_weights` and `label_smoothing` of the config's
+    task_specific_params, see there.
 
     Args:
         logits: [B, num_labels].
@@ -35,10 +36,12 @@ def classification_loss(config: BertConfig, logits: Tensor, labels: Tensor) -> T
         return F.mse_loss(expected, labels.float())
     if kind == "multi_label_classification":
         check_shape("labels", labels, logits)
-        return F.binary_cross_entropy_with_logits(logits, labels.float())
+        smoothing, weights = label_smoothing(config), class_weights(config, logits)
+        targets = labels.float() * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights)
     check_shape("labels", labels, logits[:, 0])
     check_classes("labels", labels, config.num_labels)
-    return cross_entropy(logits, labels)
+    return cross_entropy(logits, labels, class_weights(config, logits), label_smoothing(config))
 
 
 def token_classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -52,10 +55,32 @@ def token_classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.float(), labels)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over rows whose label is not ignored; 0 with zero gradients, not nan, where all are."""
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
+    """The mean over rows whose label is not ignored; 0 with zero gradients, not nan, where all are.
+
+    weights: [num_labels], how much a row counts by its label. Unlike torch's, the mean is over the rows, not over their
+    weights, so that the losses of parts of a batch add up to that of the whole.
+    """
+    options = {"weight": weights, "label_smoothing": smoothing, "ignore_index": IGNORE}
+    return F.cross_entropy(logits, labels, reduction="sum", **options) / (labels != IGNORE).sum().clamp(min=1)
+
+
+def class_weights(config: BertConfig, logits: Tensor) -> Tensor | None:
+    """[num_labels] from task_specific_params["class_weights"], a number for each name of id2label, 1 where it has none.
+
+    Of several labels at once, the number is how much a text that has the label counts over one that has not.
+    """
+    given = (config.task_specific_params or {}).get("class_weights")
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError(f"task_specific_params['class_weights']={given!r} is not a number for each label")
+    return logits.new_tensor([given.get(name, 1.0) for name in config.id2label])
+
+
+def label_smoothing(config: BertConfig) -> float:
+    """The share of a target that is spread evenly over the classes (Szegedy et al., 2016)."""
+    return (config.task_specific_params or {}).get("label_smoothing", 0.0)
 
 
 def check_shape(name: str, labels: Tensor, like: Tensor) -> None:

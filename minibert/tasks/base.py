@@ -83,6 +83,10 @@ class Task:
         """What a record would hold of which only this text is known."""
         return {"text": text}
 
+    def prepared(self, examples: Sequence[Example]) -> "Task":
+        """The task with what it takes from the training examples before it is learned, as weights of classes."""
+        return self
+
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         """The labels there are, the model's `id2label`."""
         raise NotImplementedError

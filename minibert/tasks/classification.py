@@ -1,6 +1,7 @@
 """Texts and pairs of texts: one class, several labels, an intent or none of those known, a number."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +21,11 @@ from .base import Example, Task
 # the names that published sets give their columns, tried in this order
 TEXTS = (("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("sentence",))
 LABELS = ("label", "labels", "score", "gold_label", "category", "intent")
+# options that need one class of several, or classes at all
+SENSELESS = {
+    "multi_label_classification": ("calibrate",),
+    "regression": ("class_weights", "label_smoothing", "calibrate"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,10 @@ class Classification(Task):
 
     text_column, pair_column, label_column: of the file; by default the first usual names that it has. An empty
         label_column leaves labels unread.
+    class_weights: how much an example counts in the loss, by label; "balanced" for as much in all of a label's examples
+        together as in those of any other. label_smoothing: the share of a label that is spread over all classes.
+    calibrate: divide scores by a temperature that makes the held-out examples likeliest (Guo et al., 2017); `ece` and
+        `brier` say how far probabilities are from what is right, `ece_before` and `brier_before` how far they were.
     """
 
     name = "classification"
@@ -38,6 +48,25 @@ class Classification(Task):
     text_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
+    class_weights: str | Mapping[str, float] | None = None
+    label_smoothing: float = 0.0
+    calibrate: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        weights = self.class_weights
+        if weights not in (None, "balanced") and not (
+            isinstance(weights, Mapping) and all(isinstance(w, int | float) and w > 0 for w in weights.values())
+        ):
+            raise ValueError(f"class_weights={weights!r} is neither 'balanced' nor a positive number for each label")
+        if not isinstance(self.label_smoothing, int | float) or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing!r} is not in [0, 1)")
+        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r} is not a positive number")
+        for name in SENSELESS.get(self.problem, ()):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} makes no sense for {self.name}: leave it out")
 
     def example(self, record: Record) -> Example:
         names = self.text_names(record)
@@ -62,10 +91,26 @@ class Classification(Task):
     def target(self, record: Record, name: str) -> Any:
         return label_of(record, name)
 
+    def taught(self, example: Example) -> Sequence[str]:
+        """The labels that an example teaches."""
+        return (example.target,)
+
+    def prepared(self, examples):
+        if self.class_weights != "balanced":
+            return self
+        return dataclasses.replace(self, class_weights=self.balanced(examples))
+
+    def balanced(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Weights with which every label counts the same, and the mean over the examples is 1."""
+        counts = Counter(label for example in examples for label in self.taught(example))
+        return {name: counts.total() / (len(counts) * count) for name, count in sorted(counts.items())}
+
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
-        return label_names([example.target for example in examples], examples[0].where)
+        return label_names([label for example in examples for label in self.taught(example)], examples[0].where)
 
     def config(self, examples: Sequence[Example]) -> dict[str, Any]:
+        for name in self.class_weights or ():
+            one_of("class_weights", name, self.names(examples))
         return {**super().config(examples), "problem_type": self.problem}
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
@@ -85,7 +130,7 @@ class Classification(Task):
 
     def predict(self, examples, rows, scores, config):
         for example, logits in zip(examples, scores, strict=True):
-            shares = softmax(logits)
+            shares = softmax(logits / self.temperature)
             best = int(logits.argmax())
             answer = {"label": config.id2label[best], "probability": float(shares[best])}
             yield texts_of(example) | answer | {"logits": logits}
@@ -93,7 +138,28 @@ class Classification(Task):
     def measure(self, examples, predictions, config):
         known = config.label2id
         targets = [known[example.target] for example in examples]
-        return metrics.classification(targets, [known[p["label"]] for p in predictions], config.id2label)
+        result = metrics.classification(targets, [known[p["label"]] for p in predictions], config.id2label)
+        return result | (self.calibration(targets, predictions) if self.calibrate else {})
+
+    def calibration(self, targets: Sequence[int], predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """How far probabilities are from what is right, with the temperature and before."""
+        logits = np.stack([p["logits"] for p in predictions])
+        after, before = softmax(logits / self.temperature), softmax(logits)
+        return {
+            "temperature": self.temperature,
+            "ece": metrics.ece(targets, after),
+            "ece_before": metrics.ece(targets, before),
+            "brier": metrics.brier(targets, after),
+            "brier_before": metrics.brier(targets, before),
+        }
+
+    def fitted(self, examples, predictions, config):
+        if not self.calibrate:
+            return self
+        known = config.label2id
+        pairs = [(p["logits"], known[e.target]) for e, p in zip(examples, predictions, strict=True) if self.taught(e)]
+        logits, labels = zip(*pairs, strict=True)
+        return dataclasses.replace(self, temperature=metrics.temperature(labels, np.stack(logits)))
 
     def line(self, prediction):
         return f"{prediction['label']} {prediction['probability']:.3f}\t{read_again(prediction)}"
@@ -112,8 +178,8 @@ class Intent(Classification):
     out_of_scope: str = "oos"
     threshold: float = 0.0
 
-    def names(self, examples):
-        return label_names([e.target for e in examples if e.target != self.out_of_scope], examples[0].where)
+    def taught(self, example):
+        return () if example.target == self.out_of_scope else super().taught(example)
 
     def label(self, example, known):
         return None if example.target == self.out_of_scope else super().label(example, known)
@@ -124,17 +190,19 @@ class Intent(Classification):
             yield answer if known else answer | {"label": self.out_of_scope}
 
     def fitted(self, examples, predictions, config):
+        task = super().fitted(examples, predictions, config)
         inside = np.array([example.target != self.out_of_scope for example in examples])
         if inside.all():
-            return self
+            return task
         best = [config.id2label[int(p["logits"].argmax())] for p in predictions]
         right = np.array([b == example.target for b, example in zip(best, examples, strict=True)])
-        sure, group = np.unique([p["probability"] for p in predictions], return_inverse=True)
+        sure = [softmax(p["logits"] / task.temperature).max() for p in predictions]
+        sure, group = np.unique(sure, return_inverse=True)
         # kept from each probability on: what is right counts, and what is out of scope would be right if left out
         gain = np.bincount(group, np.where(inside, right, -1.0))[::-1].cumsum()[::-1]
         between = (sure[1:] + sure[:-1]) / 2  # where a probability that is computed again may differ a little
         thresholds = np.concatenate([[0.0], between, [np.nextafter(sure[-1], 2)]])
-        return dataclasses.replace(self, threshold=float(thresholds[np.append(gain, 0.0).argmax()]))
+        return dataclasses.replace(task, threshold=float(thresholds[np.append(gain, 0.0).argmax()]))
 
     def measure(self, examples, predictions, config):
         inside = [i for i, example in enumerate(examples) if example.target != self.out_of_scope]
@@ -178,8 +246,15 @@ class MultiLabel(Classification):
             raise ValueError(f"{record.where}: {name}={value!r} is not a list of labels")
         return tuple(label_of(Record(record.where, {name: label}), name) for label in value)
 
-    def names(self, examples):
-        return label_names([label for example in examples for label in example.target], examples[0].where)
+    def taught(self, example):
+        return example.target
+
+    def balanced(self, examples):
+        """Weights with which having a label counts as much as not having it."""
+        counts = Counter(label for example in examples for label in self.taught(example))
+        return {
+            name: (len(examples) - count) / count for name, count in sorted(counts.items()) if count < len(examples)
+        }
 
     def label(self, example, known):
         if example.target is None:

@@ -28,6 +28,7 @@ def finetune(
     eval_every: int | None = None,
     max_train: int | None = None,
     scratch: bool = False,
+    reinit_layers: int = 0,
     backend: str = "auto",
     allow_pickle: bool = False,
     resume: bool = False,
@@ -43,6 +44,7 @@ def finetune(
         eval_every: steps between evaluations, None for one an epoch.
         max_train: learn from so many examples, drawn by the seed; labels are known from all.
         scratch: take architecture and tokenizer of `init`, and draw new weights.
+        reinit_layers: draw new weights for so many of the last layers, and for the pooler (Zhang et al., 2021).
         begin: called with the claimed directory and the model when everything fits, before the first step.
         training: other fields of `TrainConfig`.
     Raises:
@@ -53,8 +55,10 @@ def finetune(
             raise ValueError(f"{name}={value} is not positive")
     seed = training.get("seed", 0)
     everything = [example for examples in parts.values() for example in examples]
-    network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
     parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
+    task = task.prepared(parts["train"])
+    network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
+    reinitialise(network, reinit_layers, seed)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
     encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}
     if task.together > 1 and training.get("split_on_oom"):
@@ -70,6 +74,7 @@ def finetune(
         best_mode=task.mode,
     )
     settings = {"task": task.kept(), "batch_size": batch_size, "backend": backend, "scratch": scratch}
+    settings["reinit_layers"] = reinit_layers
     settings["examples"] = {split: len(examples) for split, examples in parts.items()}
     settings["data"] = {split: rows_hash(part) for split, part in encoded.items()}
     check = lambda model, limit: numbers(evaluate(task, model, tokenizer, parts["valid"], fit=True))  # noqa: E731
@@ -89,6 +94,20 @@ def new_model(
         torch.manual_seed(seed)
         network = task.head(network.config, backend=backend)
     return network, Tokenizer.from_pretrained(init)
+
+
+def reinitialise(network: nn.Module, layers: int, seed: int) -> None:
+    """New weights for the last `layers` layers and, where there are any of those, for the pooler."""
+    depth = network.config.num_hidden_layers
+    if not isinstance(layers, int) or not 0 <= layers <= depth:
+        raise ValueError(f"reinit_layers={layers!r} is not a whole number from 0 to {depth}, the model's layers")
+    if not layers:
+        return
+    torch.manual_seed(seed)
+    names = ("pooler.", *(f"encoder.layers.{number}." for number in range(depth - layers, depth)))
+    fresh = type(network)(network.config, backend=network.backend).state_dict()
+    chosen = {name: value for name, value in fresh.items() if name.removeprefix("bert.").startswith(names)}
+    network.load_state_dict(chosen, strict=False)
 
 
 def learnable(rows: Sequence[Row], together: int) -> list[Row]:

@@ -1,10 +1,9 @@
 """Training: the loop, its checkpoints and its log, and what they are made of."""
 
-from .checkpoint import CheckpointError, Run, best, latest, phases, verify
+from .checkpoint import FREE, CheckpointError, Run, best, latest, phases, verify
 from .distributed import PeerFailed, World, claim, join, started
 from .log import METRICS, TIMING_FIELDS, read_metrics
 from .loop import (
-    FREE,
     Interrupted,
     NonFiniteError,
     Result,

@@ -26,6 +26,13 @@ from .log import METRICS
 LOCK = ".lock"
 STEP, PHASE = re.compile(r"step-(0|[1-9]\d*)"), re.compile(r"phase-([1-9]\d*)")
 HALF = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` names what it has not finished
+FREE = (
+    "save_every",
+    "keep_last",
+    "writer",
+    "parallel",
+    "checkpoint_activations",
+)  # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
 logger = logging.getLogger(__name__)
 
 
@@ -269,3 +276,15 @@ def read_trainer(directory) -> dict:
     if path.parent.name != f"step-{state['step']}":
         raise ValueError(f"{path} is of step {state['step']}, in a directory of another name")
     return state
+
+
+def refuse_changes(saved, now, run_dir, name: str = "") -> None:
+    """Raise ValueError for the first field, however deep, that is not what the run was started with."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in sorted(saved.keys() | now.keys()):
+            if name or key not in FREE:
+                refuse_changes(saved.get(key), now.get(key), run_dir, f"{name}.{key}".strip("."))
+    elif saved != now:
+        raise ValueError(
+            f"{run_dir} was started with {name}={saved!r}, now it is {now!r}: resume with what it was started with"
+        )

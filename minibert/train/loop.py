@@ -37,7 +37,7 @@ from .checkpoint import Run
 from .distributed import Losses, World, claim
 from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
-from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
+from .optim import OPTIMIZERS, cut_by_depth, drop_frozen, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES, factor, micro_batches
 from .signals import listen
 from .writers import WRITERS
@@ -48,13 +48,6 @@ Parallel = Literal["ddp", "fsdp"]
 OPTIMIZER = "optimizer.safetensors"
 TRAINED = "trained.safetensors"  # the weights themselves, where model.safetensors holds their average
 DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
-FREE = (
-    "save_every",
-    "keep_last",
-    "writer",
-    "parallel",
-    "checkpoint_activations",
-)  # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
 logger = logging.getLogger(__name__)
 
 
@@ -89,6 +82,8 @@ class TrainConfig:
     lr: the peak learning rate. warmup: a whole number of steps, or a fraction of the run (a float in [0, 1)).
     schedule: a word of `SCHEDULES`, down to final_lr times the peak; for decay and power see `schedule.factor`.
     optimizer: a word of `OPTIMIZERS`; beta1 is sgd's momentum.
+    layer_decay: the rate of a layer over that of the one above it; the head has the whole one, the embeddings least.
+    unfreeze: a share of the run in which the layers begin to learn one after the other, the embeddings at its end.
     clip: largest norm of the gradient, None for no limit.
     accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
     split_on_oom: where memory runs out, compute micro-batches in halves, quarters … by sequences, for the same gradient
@@ -116,6 +111,8 @@ class TrainConfig:
     decay: float = 0.1
     power: float = 1.0
     weight_decay: float = 0.01
+    layer_decay: float = 1.0
+    unfreeze: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-6
@@ -157,12 +154,14 @@ class TrainConfig:
             value = getattr(self, name)
             if not (name in ("clip", "minutes", "spike") and value is None) and (not _is_number(value) or value <= 0):
                 raise ValueError(f"{name}={value!r} is not a positive number")
-        for name in ("beta1", "beta2", "ramp", "ema"):
+        for name in ("beta1", "beta2", "ramp", "ema", "unfreeze"):
             value = getattr(self, name)
             if not (name == "ema" and value is None) and (not _is_number(value) or not 0 <= value < 1):
                 raise ValueError(f"{name}={value!r} is not in [0, 1)")
         if self.patience is not None and None in (self.eval_every, self.best_metric):
             raise ValueError(f"patience={self.patience} needs eval_every and best_metric")
+        if not _is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay!r} is not in (0, 1]")
         if not _is_number(self.final_lr) or not 0 <= self.final_lr <= 1:
             raise ValueError(f"final_lr={self.final_lr!r} is not a share of the peak, in [0, 1]")
         if not _is_number(self.weight_decay) or self.weight_decay < 0:
@@ -288,12 +287,16 @@ class Trainer:
         directory, state = self.world.once(self._find) if run.resume else (None, None)
         if directory is not None:
             hub.load_into(model, directory)  # while it is whole
+            # what an evaluation fitted beside the weights
+            fitted = hub.load_config(directory).task_specific_params
+            model.config = model.config.replace(task_specific_params=fitted)
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.recompute = config.checkpoint_activations
         self.model = self.world.host(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
+        cut_by_depth(model, self.optimizer, config.layer_decay, config.unfreeze)
         self.average = None if config.ema is None else Average(model, config.ema)
         self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
@@ -429,6 +432,8 @@ class Trainer:
                     sum(means[name] * (own[name] * factor) for name, factor in factors.items()).backward()
                 total += torch.stack([own[name] * mean.detach().float() for name, mean in means.items()])
             losses.append(total)
+        if self.config.unfreeze:
+            drop_frozen(self.optimizer, self.config.progress(self.step, self._elapsed()))
         norm = world.clip(self.model, self.config.clip or math.inf)
         return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
 
@@ -463,7 +468,7 @@ class Trainer:
         self.guard.good(loss)
         lr = self.config.learning_rate(self.config.progress(self.step, self._elapsed()))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         self.optimizer.step()
         if self.average:
             self.average.update(self.step)
@@ -564,24 +569,12 @@ class Trainer:
             return None, None
         state = checkpoint.read_trainer(directory)
         for part in ("config", "settings"):
-            _refuse_changes(state[part], self.saved[part], self.path)
+            checkpoint.refuse_changes(state[part], self.saved[part], self.path)
         if state["versions"] != _versions():
             logger.warning(
                 "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
             )
         return directory, state
-
-
-def _refuse_changes(saved, now, run_dir, name: str = "") -> None:
-    """Raise ValueError for the first field, however deep, that is not what the run was started with."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in sorted(saved.keys() | now.keys()):
-            if name or key not in FREE:
-                _refuse_changes(saved.get(key), now.get(key), run_dir, f"{name}.{key}".strip("."))
-    elif saved != now:
-        raise ValueError(
-            f"{run_dir} was started with {name}={saved!r}, now it is {now!r}: resume with what it was started with"
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What predictions are worth, in plain NumPy. Conventions are scikit-learn's; undefined cases are in the docstrings."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -97,6 +98,54 @@ def multi_label(targets, predictions, names: Sequence[str]) -> dict:
     return {**averages, "macro_f1": float(scores[2].mean()), "exact": exact, "per_class": per_class}
 
 
+def reliability(labels, shares, bins: int = 15) -> list[dict]:
+    """Predictions by how sure they are, in `bins` of equal width: of each that has any, `count`, the mean probability
+    of what was said, `confidence`, and the share that is right, `accuracy`.
+
+    Args:
+        labels: [N] classes. shares: [N, K] probabilities.
+    """
+    labels, shares = _classes(labels, shares)
+    sure, right = shares.max(1), shares.argmax(1) == labels
+    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    groups = [(b, place == b) for b in range(bins) if (place == b).any()]
+    return [
+        {
+            "from": b / bins, "to": (b + 1) / bins, "count": int(there.sum()), "confidence": float(sure[there].mean()),
+            "accuracy": float(right[there].mean()),
+        }
+        for b, there in groups
+    ]  # fmt: skip
+
+
+def ece(labels, shares, bins: int = 15) -> float:
+    """Expected calibration error (Naeini et al., 2015): the mean over the examples of |confidence - accuracy| in the
+    bins of `reliability`."""
+    rows = reliability(labels, shares, bins)
+    return sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / len(labels)
+
+
+def brier(labels, shares) -> float:
+    """Brier's (1950) score: the mean over the examples of Σ_k (p_k - [k is right])², from 0 to 2."""
+    labels, shares = _classes(labels, shares)
+    return float(((shares - np.eye(shares.shape[1])[labels]) ** 2).sum(1).mean())
+
+
+def temperature(labels, logits) -> float:
+    """The number from 0.01 to 100 by which to divide logits so that the labels become likeliest (Guo et al., 2017).
+
+    With β = 1 / temperature, Σ log Σ_k exp(β z_k) - β z_label is convex: where its slope changes sign is bisected.
+    """
+    labels, logits = _classes(labels, logits)
+    chosen, (low, high) = logits[np.arange(len(labels)), labels], (-math.log(100), math.log(100))
+    for _ in range(60):
+        middle = (low + high) / 2
+        weights = np.exp(math.exp(middle) * (logits - logits.max(1, keepdims=True)))
+        expected = (weights * logits).sum(1) / weights.sum(1)
+        low, high = (low, middle) if (expected - chosen).sum() > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
 def auroc(labels, scores) -> float:
     """The probability that a true example scores above a false one, equal scores counting half; nan without both.
 
@@ -139,6 +188,14 @@ def regression(targets, predictions) -> dict[str, float]:
         "spearman": spearman(targets, predictions),
         "mse": mse(targets, predictions),
     }
+
+
+def _classes(labels, values) -> tuple[np.ndarray, np.ndarray]:
+    labels, values = np.asarray(labels), np.asarray(values, dtype=np.float64)
+    if labels.ndim != 1 or values.ndim != 2 or len(labels) != len(values) or not len(labels):
+        shapes = f"{list(labels.shape)} and {list(values.shape)}"
+        raise ValueError(f"labels and scores have shapes {shapes}: expected [N] and [N, K], N > 0")
+    return labels, values
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

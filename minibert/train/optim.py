@@ -1,5 +1,7 @@
 """The optimizers that BERTs are trained with, and their state as named tensors."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +106,41 @@ def sgd(
 
 # word -> (model, lr, weight_decay, betas, eps) -> optimizer
 OPTIMIZERS = {"adamw": adamw, "bertadam": bertadam, "lamb": lamb, "sgd": sgd}
+
+
+def depths(model: nn.Module) -> dict[str, int]:
+    """How deep each parameter lies: 0 in the embeddings, 1 in the first of L layers, L + 1 in pooler and heads."""
+    layers = {name: re.search(r"encoder\.layers\.(\d+)\.", name) for name, _ in model.named_parameters()}
+    head = 1 + len({match[1] for match in layers.values() if match})
+    return {
+        name: 1 + int(match[1]) if match else 0 if "embeddings." in name else head for name, match in layers.items()
+    }
+
+
+def cut_by_depth(model: nn.Module, optimizer: torch.optim.Optimizer, layer_decay: float, unfreeze: float) -> None:
+    """Cut the groups of a new optimizer by depth; the head's have the whole rate, and learn from the start.
+
+    Each group gets `scale`, its share of the rate, `layer_decay` less a layer further down (Howard & Ruder, 2018;
+    Clark et al., 2020); and `thaw`, the progress before which it does not learn, for the embeddings `unfreeze`.
+    """
+    known = depths(model)
+    head = max(known.values())
+    whole = layer_decay == 1 and not unfreeze  # a group is a kernel or two: no more of them than are needed
+    depth = {p: head if whole else known[name] for name, p in model.named_parameters()}
+    optimizer.param_groups = [
+        group | {"params": params, "scale": layer_decay**below, "thaw": unfreeze * below / head}
+        for group in optimizer.param_groups
+        for below in range(head + 1)
+        if (params := [p for p in group["params"] if depth[p] == head - below])
+    ]
+
+
+def drop_frozen(optimizer: torch.optim.Optimizer, progress: float) -> None:
+    """Forget the gradients of groups that thaw later: no step and no moment comes of them."""
+    for group in optimizer.param_groups:
+        if progress < group["thaw"]:
+            for p in group["params"]:
+                p.grad = None
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -39,3 +39,21 @@ def curves_of(runs: Mapping[str, list[dict]], panel: str) -> dict[str, tuple[lis
                     steps.append(record["step"])
                     values.append(value)
     return curves
+
+
+def draw_learning_curve(curves: Mapping[str, list[tuple[int, float, float]]], what: str, out: Path) -> None:
+    """Draw a measure by the number of examples learned from, of each curve (examples, mean, standard deviation).
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    figure = figure_class()(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, points in curves.items():
+        examples, means, deviations = zip(*points, strict=True)
+        axes.errorbar(examples, means, deviations, label=label or None, marker="o", markersize=4, capsize=3)
+    axes.set(xlabel="training examples", ylabel=what, xscale="log")
+    axes.grid(alpha=0.3)
+    if any(curves):
+        axes.legend()
+    figure.savefig(out, dpi=150, metadata={"Software": None})

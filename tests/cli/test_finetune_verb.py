@@ -59,13 +59,17 @@ def test_what_the_best_checkpoint_reaches_is_kept_and_can_be_measured_again(run,
 def test_a_run_with_several_seeds_keeps_their_mean_and_deviation(run, reviews):
     code, said = run(f"--data {reviews} --seeds 2 --seed 5 --test-fraction 0.2")
     assert code == 0 and "mean" in said and "sd" in said
-    kept = json.loads((run.out / "seeds.json").read_text())
+    kept = json.loads((run.out / "runs.json").read_text())
     runs = [json.loads((run.out / f"seed-{seed}" / "results.json").read_text()) for seed in (5, 6)]
-    assert kept["seeds"] == [5, 6] and kept["runs"] == runs and runs[0] != runs[1]
+    numbers = kept["cells"][0]["numbers"]
+    assert kept["cells"][0]["runs"] == ["seed-5", "seed-6"] and runs[0] != runs[1]
     for split in ("valid", "test"):
         values = [one[split]["accuracy"] for one in runs]
-        assert kept["numbers"][f"{split} accuracy"] == {"mean": np.mean(values), "sd": np.std(values, ddof=1)}
-    assert not any("per_class" in name for name in kept["numbers"])
+        assert numbers[f"{split} accuracy"] == {
+            "mean": np.mean(values),
+            "sd": np.std(values, ddof=1),
+        }
+    assert not any("per_class" in name for name in numbers)
 
 
 def test_from_scratch_the_weights_are_new(run, reviews, weights):

@@ -60,6 +60,8 @@ def crash_at(cursor):
         ("pretraining", {"optimizer": "lamb"}),
         ("classification", {"optimizer": "bertadam", "beta2": 0.98, "schedule": "cosine", "final_lr": 0.1}),
         ("pretraining", {"optimizer": "sgd"}),
+        ("classification", {"layer_decay": 0.7, "unfreeze": 0.8}),
+        ("pretraining", {"optimizer": "lamb", "layer_decay": 0.7, "unfreeze": 0.5}),
     ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, kind, changes):

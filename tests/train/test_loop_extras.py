@@ -16,6 +16,7 @@ from minibert.model import BertForSequenceClassification
 from minibert.train import Interrupted, NonFiniteError, checkpoint, claim
 from minibert.train.average import Average
 from minibert.train.loop import Trainer
+from minibert.train.optim import depths
 
 
 def clocked(monkeypatch, model, seconds=6.0):
@@ -123,6 +124,38 @@ def test_an_evaluation_that_improves_at_the_last_moment_goes_on(tmp_path):
     config = make_config(steps=8, eval_every=2, best_metric="loss", patience=2)
     _, result = run(tmp_path, config=config, evaluate=lambda model, limit: {"loss": next(losses)})
     assert result.step == 8
+
+
+def test_a_layer_moves_by_its_share_of_the_rate(tmp_path):
+    before, changes = make_model(), {"steps": 1, "warmup": 0, "optimizer": "sgd", "clip": None}
+    plain, _ = run(tmp_path / "plain", config=make_config(**changes))
+    decayed, _ = run(tmp_path / "decayed", config=make_config(layer_decay=0.25, **changes))
+    depth = depths(before)
+    for (name, p), whole, part in zip(before.named_parameters(), plain.parameters(), decayed.parameters(), strict=True):
+        torch.testing.assert_close(part - p, (whole - p) * 0.25 ** (2 - depth[name]), atol=1e-7, rtol=1e-3, msg=name)
+
+
+def test_layers_thaw_from_the_last_to_the_first(tmp_path):
+    before = make_model()
+    config = make_config(steps=9, unfreeze=0.8, save_every=None, keep_last=9, eval_every=1)
+    moved = []
+
+    def watch(model, limit):
+        pairs = zip(before.named_parameters(), model.parameters(), strict=True)
+        moved.append({depths(model)[name] for (name, p), now in pairs if not torch.equal(p, now)})
+        return {"loss": 0.0}
+
+    run(tmp_path, config=config, evaluate=watch)
+    assert moved == [{2}] * 3 + [{1, 2}] * 4 + [{0, 1, 2}] * 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"layer_decay": 0.0}, {"layer_decay": 1.1}, {"layer_decay": True}, {"unfreeze": 1.0}]
+)
+def test_a_share_that_makes_no_sense_is_refused(changes):
+    [(name, value)] = changes.items()
+    with pytest.raises(ValueError, match=f"{name}={value} is not in"):
+        make_config(**changes)
 
 
 def spoiled(samples, factor):

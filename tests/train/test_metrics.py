@@ -92,6 +92,67 @@ def test_predictions_that_do_not_fit_are_refused(call, message):
         call()
 
 
+def drawn(n=501, classes=4, seed=3):
+    """Labels that are drawn from softmax(logits): these probabilities are calibrated."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(n, classes)) * 2
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return np.array([rng.choice(classes, p=row) for row in shares]), logits, shares
+
+
+def test_the_calibration_error_is_that_of_a_plain_loop():
+    labels, _, shares = drawn()
+    bins = {}
+    for label, row in zip(labels.tolist(), shares.tolist(), strict=True):
+        number = next(b for b in range(1, 16) if max(row) <= b / 15)
+        bins.setdefault(number, []).append((max(row), row.index(max(row)) == label))
+    error = 0.0
+    for found in bins.values():
+        confidence, accuracy = (sum(values) / len(found) for values in zip(*found, strict=True))
+        error += len(found) / len(labels) * abs(confidence - accuracy)
+    assert metrics.ece(labels, shares) == pytest.approx(error, abs=1e-12)
+    assert error > 0.01 and len(bins) > 9
+    rows = metrics.reliability(labels, shares)
+    assert sum(row["count"] for row in rows) == 501 and [round(row["to"] * 15) for row in rows] == sorted(bins)
+
+
+def test_the_calibration_error_worked_by_hand():
+    # two are 0.9 sure and one of them is right; one is 0.6 sure and right
+    shares = [[0.9, 0.1], [0.1, 0.9], [0.6, 0.4]]
+    assert metrics.ece([0, 0, 0], shares) == pytest.approx((2 * 0.4 + 0.4) / 3)
+    assert metrics.ece([0], [[1.0, 0.0]]) == 0.0, "a certainty is in the last bin"
+
+
+def test_the_brier_score_is_that_of_scikit_learn_and_worked_by_hand():
+    assert metrics.brier([0, 1], [[1.0, 0.0], [0.7, 0.3]]) == pytest.approx((0 + 2 * 0.7**2) / 2)
+    sklearn = pytest.importorskip("sklearn.metrics")
+    labels, _, shares = drawn(classes=2)
+    assert metrics.brier(labels, shares) == pytest.approx(2 * sklearn.brier_score_loss(labels, shares[:, 1]))
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 7.0])
+def test_the_temperature_undoes_a_factor_and_is_where_the_labels_are_likeliest(factor):
+    labels, logits, _ = drawn(4001)
+    found = metrics.temperature(labels, logits * factor)
+    assert found == pytest.approx(factor, rel=0.1)
+
+    def loss(divisor):
+        z = logits * factor / divisor
+        return (np.log(np.exp(z).sum(1)) - z[np.arange(len(z)), labels]).mean()
+
+    assert loss(found) < min(loss(found * 0.99), loss(found * 1.01))
+
+
+def test_a_temperature_of_labels_that_are_all_right_or_all_wrong_is_finite():
+    assert metrics.temperature([0, 1], [[3.0, 0.0], [0.0, 3.0]]) == pytest.approx(0.01)
+    assert metrics.temperature([1, 0], [[3.0, 0.0], [0.0, 3.0]]) == pytest.approx(100)
+
+
+def test_scores_that_are_not_a_row_an_example_are_refused():
+    with pytest.raises(ValueError, match=r"shapes \[2\] and \[3, 2\]: expected \[N\] and \[N, K\], N > 0"):
+        metrics.ece([0, 1], np.ones((3, 2)))
+
+
 def test_the_area_under_the_curve_agrees_with_scikit_learn():
     """A thousand cases, with as many equal scores as there can be."""
     sklearn = pytest.importorskip("sklearn.metrics")

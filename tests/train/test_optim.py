@@ -3,7 +3,18 @@ import pytest
 import torch
 from tiny_run import make_model
 
-from minibert.train.optim import OPTIMIZERS, Lamb, adamw, lamb, load_optimizer_state, optimizer_state, param_groups
+from minibert.train.optim import (
+    OPTIMIZERS,
+    Lamb,
+    adamw,
+    cut_by_depth,
+    depths,
+    drop_frozen,
+    lamb,
+    load_optimizer_state,
+    optimizer_state,
+    param_groups,
+)
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -39,6 +50,51 @@ def test_a_frozen_parameter_is_in_no_group():
     model.bert.embeddings.requires_grad_(False)
     grouped = {id(p) for group in param_groups(model, 0.1) for p in group["params"]}
     assert id(model.classifier.weight) in grouped and id(model.bert.embeddings.word.weight) not in grouped
+
+
+def test_embeddings_lie_deepest_and_the_pooler_with_the_head():
+    known = depths(make_model(num_hidden_layers=11))
+    assert known["bert.embeddings.position.weight"] == known["bert.embeddings.norm.bias"] == 0
+    assert known["bert.encoder.layers.0.ffn_norm.weight"] == 1 and known["bert.encoder.layers.10.ffn_norm.bias"] == 11
+    assert known["classifier.bias"] == known["bert.pooler.dense.weight"] == 12
+    assert set(known) == {name for name, _ in make_model(num_hidden_layers=11).named_parameters()}
+    assert depths(make_model("pretraining").bert)["encoder.layers.0.ffn_norm.bias"] == 1, "of an encoder alone, too"
+
+
+def test_a_group_for_each_depth_keeps_the_options_of_the_one_it_was_cut_from(build):
+    model = make_model("pretraining", num_hidden_layers=2)
+    optimizer = build(model, 0.1, 0.3)
+    cut_by_depth(model, optimizer, 0.5, 0.6)
+    names = {p: name for name, p in model.named_parameters()}
+    grouped = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(names)
+    for p, group in grouped:
+        below = 3 - depths(model)[names[p]]
+        assert group["scale"] == 0.5**below and group["thaw"] == pytest.approx(0.6 * below / 3)
+        assert group["weight_decay"] == (0.3 if p.ndim >= 2 else 0.0)
+        assert group.get("adapt", p.ndim >= 2 and build is lamb) == (p.ndim >= 2 and build is lamb)
+
+
+def test_without_a_decay_there_are_no_more_groups_than_before(build):
+    model = make_model(num_hidden_layers=2)
+    optimizer = build(model, 0.1)
+    cut_by_depth(model, optimizer, 1.0, 0.0)
+    assert [(group["scale"], group["thaw"]) for group in optimizer.param_groups] == [(1.0, 0.0)] * 2
+
+
+def test_what_is_frozen_neither_moves_nor_has_moments(build):
+    model = make_model(num_hidden_layers=2)
+    optimizer = build(model, 0.1, 0.3)
+    cut_by_depth(model, optimizer, 1.0, 0.6)
+    for progress, thawed in ((0.1, {3}), (0.2, {2, 3}), (0.45, {1, 2, 3}), (0.6, {0, 1, 2, 3})):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        drop_frozen(optimizer, progress)
+        optimizer.step()
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name, depth in depths(model).items() if depth in thawed}
+        assert {name.rpartition(".")[0] for name in optimizer_state(model, optimizer)} == moved
 
 
 def test_adamw_makes_the_step_of_its_formula():
