@@ -11,7 +11,8 @@ from ..config import one_of
 from ..data.tokenizer import Encoding, Tokenizer
 from ..model import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification
 from ..model.heads import MLMHead
-from ..tasks.classification import kind_of
+from ..tasks import task_of
+from ..tasks.classification import MultiLabel, Regression
 from .attribution import Score, class_score, integrated_gradients, token_score
 
 BASELINES = ("mask", "pad")
@@ -138,7 +139,8 @@ def check_model(model: Model, mlm: MLMHead | None) -> MLMHead | None:
     if model.config.causal:
         raise ValueError("causal=True: only classifiers and models that fill masks can be explained")
     if isinstance(model, BertForSequenceClassification):
-        kind_of(model)
+        if isinstance(task_of(model), MultiLabel):
+            raise ValueError("problem_type='multi_label_classification': only one class of several can be explained")
     elif mlm is None:
         return model.mlm
     config = model.config
@@ -161,7 +163,7 @@ def subject(
         if label is not None:
             one_of("label", label, names)
         index = int(logits.argmax()) if label is None else names.index(label)
-        order = logits.argsort(descending=True).tolist() if kind_of(model) == "classification" else ()
+        order = () if isinstance(task_of(model), Regression) else logits.argsort(descending=True).tolist()
         predictions = tuple((names[i], float(logits.softmax(-1)[i])) for i in order)
         return None, predictions, names[index], class_score(index)
     if not masks:
