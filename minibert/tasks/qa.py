@@ -58,9 +58,10 @@ class QuestionAnswering(Task):
         # an article's questions share its words: they stay on one side of a split
         return Example(texts, answers, record.where, group=record.fields.get("title"), extra=extra)
 
-    def fields(self, text):
-        question, _, context = text.partition("|||")
-        return {"question": question.strip(), "context": context.strip()}
+    def fields(self, *texts):
+        if len(texts) != 2:
+            raise ValueError(f"{self.name} reads a question and a context, got {len(texts)} texts")
+        return dict(zip(("question", "context"), texts, strict=True))
 
     def config(self, examples):
         none = any(not example.target for example in examples)

@@ -1,6 +1,6 @@
 """Training: the loop, its checkpoints and its log, and what they are made of."""
 
-from .checkpoint import CheckpointError, Run, best, latest, phases, verify
+from .checkpoint import CheckpointError, Run, best, latest, phases, resolve_model, verify
 from .distributed import PeerFailed, World, claim, join, started
 from .log import METRICS, TIMING_FIELDS, read_metrics
 from .loop import (
@@ -47,6 +47,7 @@ __all__ = [
     "phases",
     "read_metrics",
     "recipe_options",
+    "resolve_model",
     "started",
     "train",
     "verify",
