@@ -126,14 +126,14 @@ class Embedding(Task):
 
 
 def nearest(pairs: np.ndarray) -> float:
-    """Of pairs of vectors [P, 2, D], the share whose second is nearer to the first, by cosine, than any other second.
-
-    An equal one counts as right: texts may occur twice."""
+    """Of pairs of vectors [P, 2, D], the share whose second is the nearest to the first, by cosine, of all seconds;
+    one of k that are equally near counts 1 / k."""
     first, second = (pairs / np.maximum(np.linalg.norm(pairs, axis=-1, keepdims=True), 1e-12)).swapaxes(0, 1)
-    right = 0
+    right = 0.0
     for start in range(0, len(pairs), NEAREST):
         scores = first[start : start + NEAREST] @ second.T
-        right += int((scores.diagonal(start) >= scores.max(1)).sum())
+        best = scores >= scores.max(1, keepdims=True)
+        right += float((best.diagonal(start) / best.sum(1)).sum())
     return right / len(pairs)
 
 
