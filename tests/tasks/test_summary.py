@@ -23,20 +23,21 @@ CONFIG = BertConfig(max_position_embeddings=32)
 
 
 def sentence(draw, length=None):
-    return (
-        " ".join(draw.choices(["cat", "dog", "bird", "likes", "sees", "moon", "tree"], k=length or draw.randint(1, 6)))
-        + " ."
-    )
+    words = ["cat", "dog", "bird", "likes", "sees", "moon", "tree"]
+    return " ".join(draw.choices(words, k=length or draw.randint(1, 6))) + " ."
+
+
+def counted(texts, n) -> Counter:
+    """Runs of n words; none reaches over the border of two texts."""
+    texts = [text.split()[:-1] for text in texts]
+    return Counter(tuple(words[i : i + n]) for words in texts for i in range(len(words) - n + 1))
 
 
 def value(sentences, chosen, summary) -> float:
-    """The sum of F1 of words and pairs of words, counted plainly; no pair reaches over a border."""
+    """The sum of F1 of words and of pairs of words."""
     total = 0.0
     for n in (1, 2):
-        count = lambda texts: Counter(
-            tuple(words[i : i + n]) for words in (t.split()[:-1] for t in texts) for i in range(len(words) - n + 1)
-        )
-        ours, theirs = count(sentences[i] for i in chosen), count([summary])
+        ours, theirs = counted([sentences[i] for i in chosen], n), counted([summary], n)
         size = sum(ours.values()) + sum(theirs.values())
         total += 2 * sum((ours & theirs).values()) / size if size else 0.0
     return total
