@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from minibert.batch import IGNORE, Batch, pack_padded
 from minibert.config import BertConfig
+from minibert.data.tokenizer import Tokenizer
 
 SIZES = {
     "vocab_size": 41,
@@ -16,6 +18,9 @@ SIZES = {
     "max_position_embeddings": 19,
 }
 LENGTHS = (7, 1, 5, 3, 7)
+TEXT = "the cat sat on a mat . dogs bark at night and birds sing ! why ? ##s ##ing play"
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXT.split()]
+TOKENIZER = Tokenizer.from_vocab({piece: i for i, piece in enumerate(PIECES)})
 REQUIRED = {"BertForJointClassification": {"task_specific_params": {"intents": ["ask", "tell", "go", "stay"]}}}
 
 
@@ -67,3 +72,11 @@ def with_ends(batch: Batch) -> Batch:
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def refused(call) -> str:
+    """The message of the ValueError that `call` raises, which is one line."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from torch import nn
 
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
@@ -30,7 +31,7 @@ from ..tasks import predict as answer
 from ..tasks.base import CHUNK, printable
 from ..tasks.finetune import finetune as fit
 from ..tasks.finetune import numbers
-from ..train import World, claim, resolve_model
+from ..train import Run, World, resolve_model
 from .common import (
     BadRecords,
     check_backend,
@@ -77,7 +78,7 @@ from .flags import (
 )
 
 TRAINING = "lr warmup weight_decay clip accumulate split_on_oom dtype save_every keep_last log_every parallel"
-FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle"
+FITTING = " seed device max_train batch_size epochs steps eval_every scratch backend allow_pickle resume"
 
 
 def finetune(
@@ -128,6 +129,8 @@ def finetune(
     """
     options = dict(locals())
     check_fractions(valid_fraction=valid_fraction)
+    if test_fraction:
+        check_fractions(test_fraction=test_fraction)
     for name in ("max_train", "seeds"):
         if options[name] is not None and options[name] <= 0:
             raise ValueError(f"{name}={options[name]} is not positive")
@@ -146,20 +149,20 @@ def finetune(
 def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dict[str, dict]:
     """Fine-tune once; what the best checkpoint reaches, by split."""
     parts = read_parts(task, options)
-    with claim(out, options["resume"]) as run:
+
+    def begin(run: Run, network: nn.Module) -> None:
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
-        flags = pick(
-            options, TRAINING + " seed device batch_size epochs steps eval_every scratch backend allow_pickle max_train"
-        )
-        fit(task, {k: parts[k] for k in ("train", "valid")}, source, run, say=say, **flags)
+        say(f"new parameters: {'all' if options['scratch'] else ', '.join(network.new_parameters) or 'none'}")
+
+    fit(task, parts, source, out, begin=begin, **pick(options, TRAINING + FITTING))
     return report_best(out, parts, options) if World.current().leads else {}
 
 
 def chosen_task(options: dict[str, Any]) -> Task:
     """The task that the flags ask for; a flag that is not set leaves the task's own default."""
     flags = pick(options, "text_column pair_column label_column max_length truncate")
-    given = {name: value for name, value in flags.items() if value not in (None, False)}
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
     return make_task(options["task"], **given | options["option"])
 
 
@@ -181,14 +184,17 @@ def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
     for split, fraction in (("test", options["test_fraction"]), ("valid", options["valid_fraction"])):
         if split not in parts and fraction:
             parts["train"], parts[split] = split_examples(parts["train"], fraction, options["seed"])
-    if not parts["train"]:
-        raise ValueError(f"{sources['train'].paths[0]}: nothing is left to learn from beside the held-out examples")
+    for split, examples in parts.items():
+        if not examples:
+            raise ValueError(
+                f"{sources['train'].paths[0]}: too few examples to hold any out: name a file with --{split}"
+            )
     return parts
 
 
 def check_labelled(examples: list[Example], source: Source) -> None:
     if not examples:
-        raise ValueError(f"{source.paths[0]}: it holds no rows")
+        raise ValueError(f"{source.paths[0]}: it holds no records")
     bare = next((example for example in examples if example.target is None), None)
     if bare is not None:
         raise ValueError(f"{bare.where}: it has no label: name its column with --label-column")
@@ -251,7 +257,6 @@ def evaluate(
         examples = list(read_examples(task, labelled.records(bad), bad))
         bad.summary()
         check_labelled(examples, labelled)
-        task.encode(tokenizer, examples, network.config)  # a label that training never saw is named
         result = measure(task, network, tokenizer, examples)
     else:
         network = load(language_model(load_config(source)), source, device, backend, allow_pickle)
@@ -309,7 +314,8 @@ def predict(
     if kind is None:
         raise ValueError(f"{source} has no head of a task: fine-tune it first")
     network = load(kind, source, resolve_device(device), backend, allow_pickle)
-    task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
+    # nothing is asked of labels that stand beside the texts
+    task, bad = with_flags(task_of(network), locals() | {"label_column": ""}), BadRecords(on_bad_record)
     if data:
         records = find_splits(data[0] if len(data) == 1 else data)["train"].records(bad)
     else:

@@ -259,11 +259,17 @@ class Tokenizer:
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids without [CLS] and [SEP]; where a text spells out "[MASK]", these are six characters, not the token."""
+        return [e.ids for e in self._plain(texts, self._backend.encode_batch_fast)]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """As `encode_plain`, and for each piece the characters of its text at which it begins and ends."""
+        return [(e.ids, e.offsets) for e in self._plain(texts, self._backend.encode_batch)]
+
+    def _plain(self, texts: Sequence[str], encode_batch) -> list[tokenizers.Encoding]:
         with self._lock:
             self._backend.encode_special_tokens = True
             try:
-                texts = [_without_surrogates(text) for text in texts]
-                return [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+                return encode_batch([_without_surrogates(text) for text in texts], add_special_tokens=False)
             finally:
                 self._backend.encode_special_tokens = False
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minibert_kernels import attention_schedule, embed_norm, select_rows
 from minibert_kernels.dispatch import use_triton
@@ -62,7 +63,13 @@ BLOCKS = {"post": PostNormBlock}
 
 
 class Encoder(nn.Module):
-    """`num_hidden_layers` blocks, [T, D] to [T, D]."""
+    """`num_hidden_layers` blocks, [T, D] to [T, D].
+
+    recompute: keep the input of each block alone, and compute the block again in the backward pass (Chen et al., 2016):
+        the same bits, since dropout is drawn from counters, in less memory and a third more time.
+    """
+
+    recompute = False
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -73,7 +80,10 @@ class Encoder(nn.Module):
         for layer in self.layers:
             if states is not None:
                 states.append(x)
-            x = layer(x, ctx, position, maps)
+            if self.recompute and maps is None and torch.is_grad_enabled():
+                x = checkpoint(layer, x, ctx, position, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, ctx, position, maps)
         if states is not None:
             states.append(x)
         return x

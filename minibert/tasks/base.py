@@ -203,10 +203,12 @@ def evaluate(
 
     `fit` lets it learn thresholds of them first, which the model's config keeps.
     """
-    predictions = list(predict(task, model, tokenizer, examples))
-    if fit:
-        task = task.fitted(examples, predictions, model.config)
-        model.config = model.config.replace(**task.kept())
+    rows = task.encode(tokenizer, examples, model.config)
+    scores = score(task, model, rows)
+    predictions = list(task.predict(examples, rows, scores, model.config))
+    if fit and (fitted := task.fitted(examples, predictions, model.config)) is not task:
+        task, model.config = fitted, model.config.replace(**fitted.kept())
+        predictions = list(task.predict(examples, rows, scores, model.config))
     return task.measure(examples, predictions, model.config)
 
 

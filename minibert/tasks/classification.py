@@ -11,6 +11,7 @@ import torch
 from ..config import BertConfig, one_of
 from ..data.records import Record, label_of, text_of
 from ..data.rows import Row
+from ..data.text import unknown_column
 from ..data.tokenizer import Tokenizer
 from ..model import BertForSequenceClassification
 from ..train import metrics
@@ -25,7 +26,8 @@ LABELS = ("label", "labels", "score", "gold_label", "category", "intent")
 class Classification(Task):
     """One class of a text or a pair; accuracy, precision, recall, F1 and Matthews' correlation.
 
-    text_column, pair_column, label_column: of the file; by default the first usual names that it has.
+    text_column, pair_column, label_column: of the file; by default the first usual names that it has. An empty
+        label_column leaves labels unread.
     """
 
     name = "classification"
@@ -39,8 +41,10 @@ class Classification(Task):
 
     def example(self, record: Record) -> Example:
         names = self.text_names(record)
-        label = self.label_column or next((name for name in LABELS if name in record.fields), None)
-        target = None if label is None else self.target(record, label)
+        label = self.label_column
+        if label is None:
+            label = next((name for name in LABELS if name in record.fields), None)
+        target = self.target(record, label) if label else None
         return Example(tuple(text_of(record, name) for name in names), target, record.where)
 
     def fields(self, *texts):
@@ -109,8 +113,7 @@ class Intent(Classification):
     threshold: float = 0.0
 
     def names(self, examples):
-        known = [example for example in examples if example.target != self.out_of_scope]
-        return super().names(known)
+        return label_names([e.target for e in examples if e.target != self.out_of_scope], examples[0].where)
 
     def label(self, example, known):
         return None if example.target == self.out_of_scope else super().label(example, known)
@@ -124,14 +127,14 @@ class Intent(Classification):
         inside = np.array([example.target != self.out_of_scope for example in examples])
         if inside.all():
             return self
-        sure = np.array([p["probability"] for p in predictions])
         best = [config.id2label[int(p["logits"].argmax())] for p in predictions]
         right = np.array([b == example.target for b, example in zip(best, examples, strict=True)])
-        # at a threshold t: what is right and not below t, and what is out of scope and below
-        order = np.argsort(-sure, kind="stable")
-        gain = np.where(inside, right, -1.0)[order].cumsum()
-        cut = int(gain.argmax())
-        return dataclasses.replace(self, threshold=float(sure[order[cut]]))
+        sure, group = np.unique([p["probability"] for p in predictions], return_inverse=True)
+        # kept from each probability on: what is right counts, and what is out of scope would be right if left out
+        gain = np.bincount(group, np.where(inside, right, -1.0))[::-1].cumsum()[::-1]
+        between = (sure[1:] + sure[:-1]) / 2  # where a probability that is computed again may differ a little
+        thresholds = np.concatenate([[0.0], between, [np.nextafter(sure[-1], 2)]])
+        return dataclasses.replace(self, threshold=float(thresholds[np.append(gain, 0.0).argmax()]))
 
     def measure(self, examples, predictions, config):
         inside = [i for i, example in enumerate(examples) if example.target != self.out_of_scope]
@@ -166,12 +169,14 @@ class MultiLabel(Classification):
     threshold: float = 0.5
 
     def target(self, record, name):
-        value = record.fields.get(name)
+        if name not in record.fields:
+            raise unknown_column(record.where, name, record.fields)
+        value = record.fields[name]
         if isinstance(value, str):
-            value = [part.strip() for part in value.split(self.separator) if part.strip()]
-        if not isinstance(value, list) or not all(isinstance(label, str) and label.strip() for label in value):
+            value = [part for part in value.split(self.separator) if part.strip()]
+        if not isinstance(value, list):
             raise ValueError(f"{record.where}: {name}={value!r} is not a list of labels")
-        return tuple(value)
+        return tuple(label_of(Record(record.where, {name: label}), name) for label in value)
 
     def names(self, examples):
         return label_names([label for example in examples for label in example.target], examples[0].where)
@@ -184,7 +189,8 @@ class MultiLabel(Classification):
 
     def predict(self, examples, rows, scores, config):
         for example, logits in zip(examples, scores, strict=True):
-            shares = {name: float(p) for name, p in zip(config.id2label, 1 / (1 + np.exp(-logits)), strict=True)}
+            each = 1 / (1 + np.exp(-logits.astype(np.float64)))
+            shares = {name: float(p) for name, p in zip(config.id2label, each, strict=True)}
             labels = [name for name, p in shares.items() if p >= self.threshold]
             yield texts_of(example) | {"labels": labels, "probabilities": shares, "logits": logits}
 
@@ -247,7 +253,7 @@ def label_names(labels: Sequence[str], where: str) -> tuple[str, ...]:
         seen = f"every label is {names.pop()!r}" if names else "no example has a label"
         raise ValueError(f"{where.rpartition(':')[0]}: {seen}: two classes are needed")
     try:
-        return tuple(sorted(names, key=lambda name: (float(name), name)))
+        return tuple(sorted(sorted(names), key=float))
     except ValueError:
         return tuple(sorted(names))
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.rows import Row, RowData
 from ..data.tokenizer import Tokenizer
-from ..train import Result, Run, TrainConfig, resolve_model, train
+from ..train import Result, Run, TrainConfig, claim, resolve_model, train
 from . import task_of
 from .base import Example, Task, draw_examples, evaluate
 
@@ -20,7 +20,7 @@ def finetune(
     task: Task,
     parts: Mapping[str, Sequence[Example]],
     init: Path | str,
-    run_dir: Path | str | Run,
+    run_dir: Path | str,
     *,
     batch_size: int = 32,
     epochs: float = 3,
@@ -31,7 +31,7 @@ def finetune(
     backend: str = "auto",
     allow_pickle: bool = False,
     resume: bool = False,
-    say=lambda text: None,
+    begin: Callable[[Run, nn.Module], None] = lambda run, network: None,
     **training: Any,
 ) -> Result:
     """Fine-tune the weights of `init` on `parts["train"]`; the checkpoint that does best on `parts["valid"]` is kept.
@@ -43,6 +43,7 @@ def finetune(
         eval_every: steps between evaluations, None for one an epoch.
         max_train: learn from so many examples, drawn by the seed; labels are known from all.
         scratch: take architecture and tokenizer of `init`, and draw new weights.
+        begin: called with the claimed directory and the model when everything fits, before the first step.
         training: other fields of `TrainConfig`.
     Raises:
         ValueError: an option, an example or the weights do not fit; or see `train`.
@@ -58,7 +59,6 @@ def finetune(
     network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
     parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
-    say(f"new parameters: {'all' if scratch else ', '.join(network.new_parameters) or 'none'}")
     encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}
     if task.together > 1 and training.get("split_on_oom"):
         raise ValueError(f"split_on_oom=True would part what belongs together in {task.name}: use a smaller batch_size")
@@ -76,7 +76,9 @@ def finetune(
     settings["examples"] = {split: len(examples) for split, examples in parts.items()}
     settings["data"] = {split: rows_hash(part) for split, part in encoded.items()}
     check = lambda model, limit: numbers(evaluate(task, model, tokenizer, parts["valid"], fit=True))  # noqa: E731
-    return train(network, data, check, config, run_dir, tokenizer, resume, parts=task.parts, settings=settings)
+    with claim(run_dir, resume) as run:
+        begin(run, network)
+        return train(network, data, check, config, run, tokenizer, parts=task.parts, settings=settings)
 
 
 def new_model(

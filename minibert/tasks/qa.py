@@ -4,30 +4,34 @@ import collections
 import dataclasses
 import re
 import string
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ..config import BertConfig
-from ..data.records import Record, text_of
+from ..data.records import SHOWN, Record, text_of
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForQuestionAnswering
-from .base import Example, Task, as_numpy
+from .base import Example, Task, per_token
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-BEST = 20  # first and last tokens that are tried with each other
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnswering(Task):
     """Exact match and F1 of the answer (Rajpurkar et al., 2016 and 2018).
 
-    A context that is too long is read in windows, each `stride` tokens after the one before; the answer is the best
-    span of all. max_answer: its tokens, at most. Where training has questions without an answer, none is given if the
-    score of [CLS] is above the best span's by more than `threshold`, which is chosen on the held-out questions.
+    A context that is too long is read in windows that begin `stride` tokens apart, or less where otherwise an answer of
+    `max_answer` tokens might be in none of them whole; the answer is the best span of all, of so many tokens at most.
+    Where there are questions without an answer, none is given if the score of [CLS] is above the best span's by more
+    than `threshold`, which is chosen on the held-out questions. `truncate` cuts questions.
     """
 
     name = "qa"
@@ -43,72 +47,61 @@ class QuestionAnswering(Task):
     def __post_init__(self):
         super().__post_init__()
         for name in ("stride", "max_answer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not a positive whole number")
 
     def example(self, record: Record) -> Example:
-        texts, extra = tuple(text_of(record, name) for name in ("question", "context")), {}
-        if "id" in record.fields:
-            extra["id"] = record.fields["id"]
-        given = record.fields.get("answers")
-        answers = None if given is None else tuple((a["text"], a["answer_start"]) for a in given)
-        for text, start in answers or ():
-            if texts[1][start : start + len(text)] != text:
-                raise ValueError(f"{record.where}: answers: {text[:40]!r} does not stand at {start} of the context")
+        question, context = (text_of(record, name) for name in ("question", "context"))
+        named = {"id": record.fields["id"]} if "id" in record.fields else {}
         # an article's questions share its words: they stay on one side of a split
-        return Example(texts, answers, record.where, group=record.fields.get("title"), extra=extra)
+        group = record.fields.get("title") or context
+        return Example((question, context), answers_of(record, context), record.where, group, named)
 
     def fields(self, *texts):
-        if len(texts) != 2:
-            raise ValueError(f"{self.name} reads a question and a context, got {len(texts)} texts")
+        if len(texts) != 2 or not texts[1]:
+            raise ValueError(f"{SHOWN.repr(texts[0])}: expected a question ||| the context to find its answer in")
         return dict(zip(("question", "context"), texts, strict=True))
 
     def config(self, examples):
-        none = any(not example.target for example in examples)
+        none = any(example.target == () for example in examples)
         return {"id2label": ("start", "end"), **dataclasses.replace(self, may_be_none=none).kept()}
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
-        questions = tokenizer.encode_plain([example.texts[0] for example in examples])
-        contexts = tokenizer([e.texts[1] for e in examples], add_special_tokens=False, return_offsets_mapping=True)
         limit, rows = self.limit(config), []
-        encoded = zip(examples, questions, contexts.input_ids, contexts.offset_mapping, strict=True)
-        for number, (example, question, context, offsets) in enumerate(encoded):
-            head = [tokenizer.cls_token_id, *question, tokenizer.sep_token_id]
-            room = limit - len(head) - 1
-            if room < min(self.stride, len(context)):
+        questions = tokenizer.encode_plain([example.texts[0] for example in examples])
+        texts = list(dict.fromkeys(example.texts[1] for example in examples))  # several questions share one
+        contexts = {
+            text: (ids, np.array(offsets).reshape(-1, 2))
+            for text, (ids, offsets) in zip(texts, tokenizer.encode_with_offsets(texts), strict=True)
+        }
+        for number, (example, question) in enumerate(zip(examples, questions, strict=True)):
+            context, offsets = contexts[example.texts[1]]
+            if not context:
+                raise ValueError(f"{example.where}: context={SHOWN.repr(example.texts[1])} holds no words")
+            if self.truncate:
+                question = question[: max(0, limit - 3 - self.max_answer)]
+            head, room = [tokenizer.cls_token_id, *question, tokenizer.sep_token_id], limit - 3 - len(question)
+            if room < min(self.max_answer, len(context)):
                 raise ValueError(
-                    f"{example.where}: the question has {len(question)} tokens, which leaves {max(room, 0)} of {limit} "
-                    f"for the context: fewer than stride={self.stride}"
+                    f"{example.where}: the question has {len(question)} tokens, which leaves {max(0, room)} of {limit} "
+                    f"for its context, fewer than max_answer={self.max_answer}: use --truncate"
                 )
-            span = self._tokens_of_answer(example, offsets)
-            for first in range(0, max(1, len(context) - room + self.stride), self.stride):
+            answer = tokens_of(example.target or (), offsets)
+            step = max(1, min(self.stride, room - self.max_answer + 1))
+            for first in range(0, max(1, len(context) - room + step), step):
                 window = context[first : first + room]
                 ids = [*head, *window, tokenizer.sep_token_id]
                 types = [0] * len(head) + [1] * (len(window) + 1)
-                label = None
-                if span is not None:
-                    inside = first <= span[0] and span[1] < first + len(window)
-                    label = [len(head) - first + end for end in span] if inside else [0, 0]
-                rows.append(
-                    Row(ids, types, label=label, example=number, extra=(len(head), offsets[first : first + room]))
-                )
-                if first + room >= len(context):
-                    break
+                label = None if example.target is None else [0, 0]
+                if answer and first <= answer[0] and answer[1] < first + len(window):
+                    label = [len(head) - first + end for end in answer]
+                extra = (len(head), offsets[first : first + room])
+                rows.append(Row(ids, types, label=label, example=number, extra=extra))
         return rows
 
-    def _tokens_of_answer(self, example: Example, offsets) -> tuple[int, int] | None:
-        """The first and last token of the first answer; (-1, -1), in no window, where there is none."""
-        if example.target is None:
-            return None
-        if not example.target:
-            return -1, -1
-        text, start = example.target[0]
-        inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(text) and b > start]
-        return (inside[0], inside[-1]) if inside else (-1, -1)
-
     def scores(self, output, rows):
-        ends = np.stack([as_numpy(output.start_logits), as_numpy(output.end_logits)], -1)
-        return np.split(ends, np.cumsum([len(row.ids) for row in rows])[:-1])
+        return per_token(torch.stack([output.start_logits, output.end_logits], -1), rows)
 
     def predict(self, examples, rows, scores, config) -> Iterator[dict[str, Any]]:
         windows: dict[int, list[tuple[Row, np.ndarray]]] = collections.defaultdict(list)
@@ -116,41 +109,41 @@ class QuestionAnswering(Task):
             windows[row.example].append((row, score))
         for number, example in enumerate(examples):
             question, context = example.texts
-            found = [self._best_span(row, score) for row, score in windows[number]]
-            best, start, end = max(found)
-            none = min(float(score[0].sum()) for _, score in windows[number])
-            answer = context[start:end]
-            if self.may_be_none and none - best > self.threshold:
-                answer = ""
-            place = {"start": start, "end": end} if answer else {}
-            yield dict(example.extra) | {"question": question, "answer": answer, "score": best, **place,
-                                         "none": none, "span": context[start:end]}  # fmt: skip
+            best, start, end = max((self.best_span(*window) for window in windows[number]), key=lambda found: found[0])
+            while end < len(context) and unicodedata.category(context[end])[0] == "M":
+                end += 1  # an accent behind its letter is in no token of a vocabulary without accents
+            answer = {"answer": context[start:end], "score": best, "start": start, "end": end}
+            if self.may_be_none:
+                none = min(float(score[0].sum()) for _, score in windows[number])
+                answer |= {"span": context[start:end], "none": none}
+                if none - best > self.threshold:
+                    answer |= {"answer": "", "start": None, "end": None}
+            yield {**example.extra, "question": question, **answer}
 
-    def _best_span(self, row: Row, score: np.ndarray) -> tuple[float, int, int]:
-        """Score, and first and last character, of a window's best span."""
+    def best_span(self, row: Row, score: np.ndarray) -> tuple[float, int, int]:
+        """The highest sum of a first and a last token's score in a window, and the characters of that span."""
         before, offsets = row.extra
-        body = score[before : before + len(offsets)]
-        if not len(body):
-            return -np.inf, 0, 0
-        firsts, lasts = (np.argsort(-body[:, end], kind="stable")[:BEST] for end in (0, 1))
-        pairs = [(i, j) for i in firsts for j in lasts if i <= j < i + self.max_answer] or [(firsts[0], firsts[0])]
-        i, j = max(pairs, key=lambda pair: body[pair[0], 0] + body[pair[1], 1])
-        return float(body[i, 0] + body[j, 1]), offsets[i][0], offsets[j][1]
+        start, end = score[before : before + len(offsets)].T
+        width = min(self.max_answer, len(end))
+        ends = np.concatenate([end, np.full(width - 1, -np.inf, end.dtype)])
+        totals = start[:, None] + sliding_window_view(ends, width)  # [n, width]: from token i to i + j
+        first, more = divmod(int(totals.argmax()), width)
+        return float(totals[first, more]), int(offsets[first, 0]), int(offsets[first + more, 1])
 
     def fitted(self, examples, predictions, config):
         if not self.may_be_none:
             return self
         gaps = np.array([p["none"] - p["score"] for p in predictions])
-        said = np.array(
-            [best_of(f1, p["span"], example.target) for example, p in zip(examples, predictions, strict=True)]
-        )
-        silent = np.array([float(not example.target) for example in examples])
-        # at a threshold t, those with a gap up to t answer
         order = np.argsort(gaps, kind="stable")
-        total = np.concatenate([[silent.sum()], silent.sum() + np.cumsum((said - silent)[order])])
-        cut = int(total.argmax())
-        threshold = float(gaps[order[cut - 1]]) if cut else float(gaps.min()) - 1.0
-        return dataclasses.replace(self, threshold=threshold)
+        pairs = [(examples[i], predictions[i]["span"]) for i in order]
+        silent = np.array([best_of(f1, "", example.target) for example, _ in pairs])
+        said = np.array([best_of(f1, span, example.target) for example, span in pairs])
+        gaps = gaps[order]
+        # below each border between two gaps, and below and above all: those with a smaller gap answer
+        total = silent.sum() + np.concatenate([[0.0], np.cumsum(said - silent)])
+        borders = np.concatenate([gaps[:1] - 1, (gaps[:-1] + gaps[1:]) / 2, gaps[-1:] + 1])
+        between = np.concatenate([[True], gaps[:-1] < gaps[1:], [True]])
+        return dataclasses.replace(self, threshold=float(borders[np.where(between, total, -np.inf).argmax()]))
 
     def measure(self, examples, predictions, config):
         pairs = [(p["answer"], example.target) for example, p in zip(examples, predictions, strict=True)]
@@ -168,10 +161,42 @@ class QuestionAnswering(Task):
         return f"{prediction['answer'] or 'no answer'}\t{prediction['question']}"
 
 
+def answers_of(record: Record, context: str) -> tuple[tuple[str, int], ...] | None:
+    """(text, first character) of each answer, from a list of objects or from an object of lists; None if unlabelled.
+
+    Raises:
+        ValueError: they are something else, or one does not stand in the context where it says.
+    """
+    given = record.fields.get("answers")
+    if given is None:
+        return None
+    try:
+        columns = isinstance(given, dict)
+        rows = zip(given["text"], given["answer_start"], strict=True) if columns else (
+            (answer["text"], answer["answer_start"]) for answer in given
+        )  # fmt: skip
+        answers = tuple((str(text), int(start)) for text, start in rows)
+    except (KeyError, TypeError, ValueError):
+        shown = SHOWN.repr(given)
+        raise ValueError(f"{record.where}: answers={shown} has no text and answer_start for each") from None
+    for text, start in answers:
+        if not text or start < 0 or not context.startswith(text, start):
+            raise ValueError(f"{record.where}: answers: {SHOWN.repr(text)} does not stand at {start} of the context")
+    return answers
+
+
+def tokens_of(answers: Sequence[tuple[str, int]], offsets: np.ndarray) -> tuple[int, int] | None:
+    """The first and last token of the first answer, None where there is none."""
+    for text, start in answers[:1]:
+        inside = np.flatnonzero((offsets[:, 0] < start + len(text)) & (offsets[:, 1] > start))
+        if len(inside):
+            return int(inside[0]), int(inside[-1])
+    return None
+
+
 def normal(text: str) -> str:
     """Lower case, without punctuation, articles and extra blanks, as SQuAD's scorer compares."""
-    kept = "".join(c for c in text.lower() if c not in set(string.punctuation))
-    return " ".join(ARTICLES.sub(" ", kept).split())
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split())
 
 
 def exact(said: str, answer: str) -> float:

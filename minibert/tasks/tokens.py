@@ -1,7 +1,9 @@
 """A tag for each word: named entities and slots, alone or with the intent of the sentence."""
 
 import dataclasses
+import itertools
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +12,16 @@ import numpy as np
 
 from ..batch import IGNORE
 from ..config import BertConfig, one_of
-from ..data.records import Record, label_of, text_of
+from ..data.records import NO_TEXT, SHOWN, Record, label_of, text_of
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForJointClassification, BertForTokenClassification
-from ..train.spans import SCHEMES, scheme_of, span_scores, spans
+from ..train.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
 from .base import Example, Task, as_numpy, per_position
 from .classification import class_of, label_names, softmax
 
-WORDS = re.compile(r"\w+(?:['’-]\w+)*|[^\w\s]")
+# a Chinese character; letters, also with ' or - between them; or a sign
+WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:['’-][^\W\u3400-\u9fff]+)*|[^\w\s]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +44,25 @@ class Tagging(Task):
             one_of("scheme", self.scheme, SCHEMES)
 
     def example(self, record: Record) -> Example:
-        words = record.fields.get("tokens")
-        if words is None:
+        if "tokens" not in record.fields:
             text = text_of(record, "text")
-            found = [(match[0], match.span()) for match in WORDS.finditer(text)]
-            return Example(
-                tuple(w for w, _ in found), None, record.where, extra={"text": text, "at": [s for _, s in found]}
-            )
-        words, tags = words_of(record, "tokens"), words_of(record, "tags") if "tags" in record.fields else None
-        if tags is not None and len(tags) != len(words):
-            raise ValueError(f"{record.where}: {len(words)} tokens and {len(tags)} tags")
-        ends = np.cumsum([len(word) + 1 for word in words])
-        at = [(int(end) - 1 - len(word), int(end) - 1) for word, end in zip(words, ends, strict=True)]
+            at = places(text)
+            return Example(tuple(text[a:b] for a, b in at), None, record.where, extra={"text": text, "at": at})
+        words = words_of(record, "tokens")
+        ends = np.cumsum([len(word) + 1 for word in words]) - 1
+        at = [(end - len(word), end) for word, end in zip(words, ends.tolist(), strict=True)]
+        tags = self.tags_of(record, len(words)) if "tags" in record.fields else None
         return Example(words, tags, record.where, extra={"text": " ".join(words), "at": at})
+
+    def tags_of(self, record: Record, count: int) -> tuple[str, ...]:
+        tags = words_of(record, "tags")
+        if len(tags) != count:
+            raise ValueError(f"{record.where}: {count} tokens and {len(tags)} tags")
+        wrong = next((tag for tag in tags if not is_tag(tag, self.scheme)), None)
+        if wrong is not None:
+            marks = ", ".join(f"{mark}-…" for mark in SCHEMES[self.scheme or "iobes"])
+            raise ValueError(f"{record.where}: tag {wrong!r} is not one of O, {marks}")
+        return tags
 
     def tags(self, example: Example) -> Sequence[str] | None:
         return example.target
@@ -66,25 +75,29 @@ class Tagging(Task):
 
     def found(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Options that the examples decide."""
-        return {"scheme": self.scheme or scheme_of(self.names(examples))}
+        return {"scheme": self.scheme or scheme_of(map(self.tags, examples))}
+
+    def scheme_in(self, config: BertConfig) -> str:
+        """The scheme of the model's tags; of a model from elsewhere, the one that their names are in."""
+        return self.scheme or scheme_of([name] for name in config.id2label)
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
         pieces = iter(tokenizer.encode_plain([word for example in examples for word in example.texts]))
-        rows = []
+        limit, rows = self.limit(config), []
         for number, example in enumerate(examples):
+            # a word of characters that are cleaned away still has its tag
             words = [next(pieces) or [tokenizer.unk_token_id] for _ in example.texts]
-            starts = 1 + np.cumsum([0, *map(len, words)])
-            limit = self.limit(config)
-            if starts[-1] + 1 > limit and not self.truncate:
+            firsts = np.cumsum([1, *map(len, words)])
+            if firsts[-1] + 1 > limit and not self.truncate:
                 raise ValueError(
-                    f"{example.where}: the text has {starts[-1] + 1} tokens, the model takes {limit}: use --truncate"
+                    f"{example.where}: the text has {firsts[-1] + 1} tokens, the model takes {limit}: use --truncate"
                 )
-            kept = int((starts[1:] < limit).sum())
-            ids = [tokenizer.cls_token_id, *(i for word in words[:kept] for i in word), tokenizer.sep_token_id]
-            tags = self.tags(example)
-            classes = () if tags is None else [class_of(example, tag, config.label2id) for tag in tags[:kept]]
-            label = self.label(example)
-            rows.append(Row(ids, [0] * len(ids), tuple(starts[:kept].tolist()), label, classes, number))
+            at = [first for first in firsts[:-1].tolist() if first < limit - 1]
+            body = list(itertools.chain.from_iterable(words))[: limit - 2]
+            tags = (self.tags(example) or ())[: len(at)]
+            classes = [class_of(example, tag, config.label2id) for tag in tags]
+            ids = [tokenizer.cls_token_id, *body, tokenizer.sep_token_id]
+            rows.append(Row(ids, [0] * len(ids), at, self.label(example), classes, number))
         return rows
 
     def label(self, example: Example) -> int | None:
@@ -98,24 +111,23 @@ class Tagging(Task):
 
     def predict(self, examples, rows, scores, config):
         for example, logits in zip(examples, scores, strict=True):
-            best = logits.argmax(-1)
             # words beyond what the model takes are outside of everything
-            tags = [config.id2label[i] for i in best] + ["O"] * (len(example.texts) - len(best))
-            sure = softmax(logits).max(-1) if len(best) else np.empty(0)
+            tags = [config.id2label[i] for i in logits.argmax(-1)] + ["O"] * (len(example.texts) - len(logits))
+            sure = softmax(logits).max(-1)
             text, at = example.extra["text"], example.extra["at"]
             entities = [
                 {
                     "text": text[at[first][0] : at[last][1]], "label": kind, "start": at[first][0], "end": at[last][1],
                     "probability": float(sure[first : last + 1].min()),
                 }
-                for kind, first, last in spans(tags, self.scheme or "iob2")
+                for kind, first, last in spans(tags, self.scheme_in(config))
             ]  # fmt: skip
             yield {"text": text, "tokens": list(example.texts), "tags": tags, "entities": entities}
 
     def measure(self, examples, predictions, config):
         targets, given = [self.tags(example) for example in examples], [p["tags"] for p in predictions]
         hits = [a == b for one, other in zip(targets, given, strict=True) for a, b in zip(one, other, strict=True)]
-        return span_scores(targets, given, self.scheme or "iob2") | {"token_accuracy": float(np.mean(hits))}
+        return span_scores(targets, given, self.scheme_in(config)) | {"token_accuracy": float(np.mean(hits))}
 
     def line(self, prediction):
         found = ", ".join(f"{e['label']}: {e['text']} ({e['probability']:.3f})" for e in prediction["entities"])
@@ -135,9 +147,11 @@ class Joint(Tagging):
 
     def example(self, record):
         example = super().example(record)
-        if "label" not in record.fields:
-            return dataclasses.replace(example, target=None)
-        return dataclasses.replace(example, target=(label_of(record, "label"), example.target))
+        if (example.target is None) != ("label" not in record.fields):
+            missing = "tags" if example.target is None else "label"
+            raise ValueError(f"{record.where}: it has no {missing}: joint learns a label and tags of each sentence")
+        target = None if example.target is None else (label_of(record, "label"), example.target)
+        return dataclasses.replace(example, target=target)
 
     def tags(self, example):
         return None if example.target is None else example.target[1]
@@ -174,9 +188,17 @@ class Joint(Tagging):
         return f"{prediction['label']} {prediction['probability']:.3f}\t{super().line(prediction)}"
 
 
+def places(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text begin and end."""
+    # an accent that stands alone is no \w: here it goes on with the letter before it, as in Indian scripts
+    letters = "".join("x" if unicodedata.category(c)[0] == "M" else c for c in text)
+    return [match.span() for match in WORDS.finditer(letters)]
+
+
 def words_of(record: Record, name: str) -> tuple[str, ...]:
     """A field that is a list of words, none of them empty."""
     value = record.fields.get(name)
-    if not isinstance(value, list | tuple) or not value or not all(isinstance(w, str) and w.strip() for w in value):
-        raise ValueError(f"{record.where}: {name}={str(value)[:60]!r} is not a list of words")
+    is_word = lambda word: isinstance(word, str) and word.strip() and not NO_TEXT.search(word)  # noqa: E731
+    if not isinstance(value, list | tuple) or not value or not all(map(is_word, value)):
+        raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a list of words")
     return tuple(value)

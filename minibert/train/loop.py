@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from minibert_kernels.philox import fold
 from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
+from ..model.encoder import Encoder
 from . import checkpoint
 from .average import Average
 from .card import record_run, write_card
@@ -39,6 +39,7 @@ from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
 from .optim import OPTIMIZERS, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES, factor, micro_batches
+from .signals import listen
 from .writers import WRITERS
 
 Dtype = Literal["float32", "bfloat16"]
@@ -52,6 +53,7 @@ FREE = (
     "keep_last",
     "writer",
     "parallel",
+    "checkpoint_activations",
 )  # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
 logger = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ class TrainConfig:
     accumulate: micro-batches a step, of all processes; with ramp, a share of the run, from 1 up to so many there.
     split_on_oom: where memory runs out, compute micro-batches in halves, quarters … by sequences, for the same gradient
         but for the order of sums; one process only.
+    checkpoint_activations: keep the inputs of the encoder's blocks alone, and compute the blocks again in the backward
+        pass: the same bits in less memory.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
     spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
     patience: stop after so many evaluations without a better best_metric.
@@ -119,6 +123,7 @@ class TrainConfig:
     accumulate: int = 1
     ramp: float = 0.0
     split_on_oom: bool = False
+    checkpoint_activations: bool = False
     ema: float | None = None
     spike: float | None = None
     skip: int = 0
@@ -283,6 +288,9 @@ class Trainer:
         directory, state = self.world.once(self._find) if run.resume else (None, None)
         if directory is not None:
             hub.load_into(model, directory)  # while it is whole
+        for module in model.modules():
+            if isinstance(module, Encoder):
+                module.recompute = config.checkpoint_activations
         self.model = self.world.host(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
@@ -311,7 +319,7 @@ class Trainer:
             open(os.devnull, "w") as silence,
             log,
             Progress(config.steps, self.step, None if leads else silence) as progress,
-            _signals() as signals,
+            listen() as signals,
         ):
             self.model.train()
             self.over = self._is_over() or self._is_stale()
@@ -562,28 +570,6 @@ class Trainer:
                 "%s was written by %s, this is %s: bits may differ", directory, state["versions"], _versions()
             )
         return directory, state
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGINT or SIGTERM that came meanwhile; a second one acts as it would without us."""
-    came: list[int] = []
-
-    def restore():
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    def note(signum, frame):
-        came.append(signum)
-        restore()
-
-    # python lets only the main thread listen
-    listening = threading.current_thread() is threading.main_thread()
-    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM) if listening}
-    try:
-        yield came
-    finally:
-        restore()
 
 
 def _refuse_changes(saved, now, run_dir, name: str = "") -> None:

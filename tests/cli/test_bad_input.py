@@ -67,7 +67,7 @@ FINETUNE = "finetune --init {checkpoint} --out {out} "
 PRETRAIN = "pretrain --out {out} --steps 2 --vocab-size 100 --batch-tokens 64 "
 CASES = {
     "missing labelled file": (FINETUNE + "--data {dir}/nowhere.csv", "nowhere.csv: no such file"),
-    "empty labelled file": (FINETUNE + "--data {dir}/empty.csv", "empty.csv: it holds no rows"),
+    "empty labelled file": (FINETUNE + "--data {dir}/empty.csv", "empty.csv: it holds no records"),
     "unreadable encoding": (FINETUNE + "--data {dir}/latin.csv", "not UTF-8"),
     "broken json": (FINETUNE + "--data {dir}/broken.jsonl", "broken.jsonl:2: broken JSON"),
     "unknown column": (FINETUNE + "--data {dir}/good.csv --label-column lable", "did you mean 'label'?"),
@@ -146,7 +146,6 @@ CASES = {
         "'text'",
     ),
     "label unknown to the model": ("evaluate --model {checkpoint} --data {dir}/strange.csv", "'neutral' is not one of"),
-    "no batch": ("predict --model {checkpoint} --batch-size 0 lamp", "batch_size=0 is not positive"),
     "no guesses": ("fill-mask --model {checkpoint} --top 0 [MASK]", "top=0 is not positive"),
     "answers to nowhere": (
         "predict --model {checkpoint} --out {dir}/no/where.jsonl lamp",

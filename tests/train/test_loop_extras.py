@@ -192,3 +192,41 @@ def test_a_signal_ends_a_budget_where_it_can_be_continued(tmp_path, monkeypatch)
         run(tmp_path, model=clocked(monkeypatch, make_model()), config=budget(), data=Stream(before=before))
     _, result = run(tmp_path, model=clocked(monkeypatch, make_model()), config=budget(), resume=True)
     assert result.step == 10
+
+
+def kept_for_backward(model, batch):
+    """Bytes of what a forward pass keeps beside the parameters."""
+    own, kept = {p.data_ptr() for p in model.parameters()}, {}
+
+    def note(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(batch, seed=3).loss.backward()
+    return sum(kept.values())
+
+
+def test_blocks_computed_again_give_the_same_bits_and_keep_less(tmp_path):
+    weights, memory = [], []
+    for again in (False, True):
+        model = make_model(num_hidden_layers=3)
+        config = make_config(checkpoint_activations=again, steps=4)
+        run(tmp_path / str(again), model=model, config=config)
+        weights.append([p.detach().clone() for p in model.parameters()])
+        memory.append(kept_for_backward(model.train(), Stream().next_batch(0)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    assert log_of(tmp_path / "False") == log_of(tmp_path / "True")
+    assert memory[1] < 0.5 * memory[0]
+
+
+def test_a_resumed_run_may_begin_to_compute_blocks_again(tmp_path):
+    run(tmp_path / "whole", config=make_config(steps=6))
+    with pytest.raises(Crash):
+        run(tmp_path / "cut", data=Stream(before=crash_at(25)), config=make_config(steps=6))
+    assert checkpoint.latest(tmp_path / "cut").name == "step-3"
+    run(tmp_path / "cut", config=make_config(steps=6, checkpoint_activations=True), resume=True)
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (tmp_path / "whole/step-6" / name).read_bytes() == (tmp_path / "cut/step-6" / name).read_bytes()

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from einops import rearrange
 
 from minibert.train import metrics
 
@@ -89,3 +90,48 @@ def test_regression_agrees_with_scipy(seed):
 def test_predictions_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_area_under_the_curve_agrees_with_scikit_learn():
+    """A thousand cases, with as many equal scores as there can be."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        labels = rng.random(count := int(rng.integers(2, 40))) < rng.random()
+        labels[:2] = True, False
+        scores = rng.integers(-5, 6, count) / 7 if seed % 2 else rng.normal(size=count)
+        assert metrics.auroc(labels, scores) == pytest.approx(sklearn.roc_auc_score(labels, scores))
+
+
+def test_the_area_under_the_curve_needs_both_kinds():
+    assert math.isnan(metrics.auroc([True, True], [1, 2])) and math.isnan(metrics.auroc([0], [1]))
+    assert metrics.auroc([0, 0, 1, 1], [1, 2, 2, 3]) == 3.5 / 4
+
+
+def test_several_labels_agree_with_scikit_learn():
+    """A thousand cases, side by side for one call; in many a label never occurs or is never given."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng, words, names = np.random.default_rng(0), ("precision", "recall", "f1"), ("a", "b", "c", "d")
+    targets, given = (rng.random((1000, 13, 4)) < rng.random((1000, 1, 4)) ** 2 for _ in range(2))
+    results = [metrics.multi_label(*case, names) for case in zip(targets, given, strict=True)]
+
+    def theirs(columns):
+        x, y = (rearrange(part, columns) for part in (targets, given))
+        return np.stack(sklearn.precision_recall_fscore_support(x, y, zero_division=0), 1)
+
+    every = theirs("case n label -> n (case label)").reshape(1000, 4, 4)
+    assert (every[..., :3] == 0).any()
+    ours = [[list(result["per_class"][name].values()) for name in names] for result in results]
+    np.testing.assert_allclose(ours, every)
+    micro = theirs("case n label -> (n label) case")[:, :3]
+    np.testing.assert_allclose([[result[word] for word in words] for result in results], micro)
+    np.testing.assert_allclose([result["macro_f1"] for result in results], every[..., 2].mean(1))
+    assert [result["exact"] for result in results] == (targets == given).all(2).mean(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("targets", "given"), [([[1, 0]], [[1]]), ([1, 0], [1, 0]), (np.ones((0, 2)), np.ones((0, 2)))]
+)
+def test_labels_that_do_not_fit_are_refused(targets, given):
+    with pytest.raises(ValueError, match="targets and predictions have shapes"):
+        metrics.multi_label(targets, given, ["a", "b"])

@@ -1,0 +1,181 @@
+"""The verbs on labelled text: flags, files that are left, and what is said where something does not fit."""
+
+import json
+
+import numpy as np
+import pytest
+from small import TOKENIZER, build
+
+from minibert import BertForMaskedLM, BertForSequenceClassification, BertModel
+from minibert.cli import main
+from minibert.train import METRICS, latest, read_metrics
+
+
+def texts(count, first=0):
+    words = ("dogs", "birds", "the cat", "the mat")
+    return [f"{words[i % 4]} at night {'and ' * (i % 5)}bark {i}" for i in range(first, first + count)]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("weights")
+    build(BertForMaskedLM, initializer_range=0.1).save_pretrained(directory, TOKENIZER)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "reviews.csv"
+    file.write_text("text,label\n" + "".join(f"{text},{'yn'[i % 2]}\n" for i, text in enumerate(texts(40))))
+    return file
+
+
+@pytest.fixture
+def run(weights, tmp_path, capsys):
+    """Runs the verb with these flags: its exit code and all that it said; and the directory it wrote to."""
+    out = tmp_path / "run"
+
+    def finetune(flags, *more):
+        small = ["--batch-size", "8", "--steps", "2", "--lr", "1e-3", "--log-every", "1", "--device", "cpu"]
+        code = main(["finetune", "--init", str(weights), "--out", str(out), *small, *flags.split(), *more])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    finetune.out = out
+    return finetune
+
+
+def test_what_the_best_checkpoint_reaches_is_kept_and_can_be_measured_again(run, reviews, capsys):
+    code, said = run(f"--data {reviews} --test-fraction 0.2 --valid-fraction 0.25")
+    assert code == 0 and "train: 24 examples, test: 8 examples, valid: 8 examples" in said.replace("\n", "")
+    results = json.loads((run.out / "results.json").read_text())
+    assert set(results) == {"valid", "test"} and results["valid"]["per_class"]["y"]["support"] == 4
+    held_out = max(record["eval_accuracy"] for record in read_metrics(run.out / METRICS) if "eval_accuracy" in record)
+    assert results["valid"]["accuracy"] == held_out
+    assert main(["evaluate", "--model", str(run.out), "--data", str(reviews), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["per_class"]["y"]["support"] == 20
+
+
+def test_a_run_with_several_seeds_keeps_their_mean_and_deviation(run, reviews):
+    code, said = run(f"--data {reviews} --seeds 2 --seed 5 --test-fraction 0.2")
+    assert code == 0 and "mean" in said and "sd" in said
+    kept = json.loads((run.out / "seeds.json").read_text())
+    runs = [json.loads((run.out / f"seed-{seed}" / "results.json").read_text()) for seed in (5, 6)]
+    assert kept["seeds"] == [5, 6] and kept["runs"] == runs and runs[0] != runs[1]
+    for split in ("valid", "test"):
+        values = [one[split]["accuracy"] for one in runs]
+        assert kept["numbers"][f"{split} accuracy"] == {"mean": np.mean(values), "sd": np.std(values, ddof=1)}
+    assert not any("per_class" in name for name in kept["numbers"])
+
+
+def test_from_scratch_the_weights_are_new(run, reviews, weights):
+    code, said = run(f"--data {reviews} --scratch --lr 1e-9")
+    assert code == 0 and "new parameters: all" in said
+    model, pretrained = BertModel.from_pretrained(latest(run.out)), BertModel.from_pretrained(weights)
+    assert not model.embeddings.word.weight.isclose(pretrained.embeddings.word.weight).any(1).all()
+
+
+def test_a_run_that_is_over_resumes_to_the_same_bytes(run, reviews):
+    assert run(f"--data {reviews}")[0] == 0
+    before = {path: path.read_bytes() for path in run.out.rglob("*") if path.is_file() and path.name != "run.json"}
+    assert run(f"--data {reviews} --resume")[0] == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_bad_records_end_the_command_or_are_counted_or_named(run, weights, tmp_path, capsys):
+    file = tmp_path / "bad.csv"
+    rows = [f"{text},{'yn'[i % 2]}" for i, text in enumerate(texts(24))]
+    file.write_text("\n".join(["text,label", rows[0], "one,two,three", " ,y", *rows[1:], "birds,"]) + "\n")
+    code, said = run(f"--data {file}")
+    assert code == 2 and f"{file}:3: 3 fields, the header has 2" in said and not run.out.exists()
+    code, said = run(f"--data {file} --on-bad-record skip")
+    assert code == 0 and "3 records could not be read and were left out" in said and "bad.csv:" not in said
+    for verb in ("evaluate", "predict"):
+        assert main([verb, "--model", str(run.out), "--data", str(file), "--on-bad-record", "report"]) == 0
+        said = capsys.readouterr().err
+        assert f"{file}:3: 3 fields" in said and f"{file}:4: text=' ' is not a text" in said
+        count = 3 if verb == "evaluate" else 2  # nothing is asked of labels where they are not read
+        assert f"{count} records could not be read" in said
+    code, said = run(f"--data {file} --on-bad-record pass")
+    assert code == 2 and "on_bad_record='pass' is not one of fail, skip, report" in said
+
+
+def test_several_files_are_learned_from_together(run, tmp_path):
+    """As sentiment from three sites is published: a sentence, a tab, 0 or 1."""
+    files = [tmp_path / f"{name}_labelled.txt" for name in ("amazon", "imdb", "yelp")]
+    for number, file in enumerate(files):
+        file.write_text("".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts(10, 10 * number))))
+    code, said = run("--valid-fraction 0.2 --train", *map(str, files))
+    assert code == 0 and "train: 24 examples, valid: 6 examples" in said
+    assert BertForSequenceClassification.from_pretrained(latest(run.out)).config.id2label == ("0", "1")
+
+
+def test_a_label_that_only_the_test_file_has_counts_as_wrong_and_ends_no_long_run(run, reviews, tmp_path):
+    test = tmp_path / "test.csv"
+    test.write_text("text,label\nthe cat,y\nthe mat,maybe\n")
+    code, said = run(f"--train {reviews} --test {test}")
+    assert code == 0, said
+    assert json.loads((run.out / "results.json").read_text())["test"]["per_class"]["maybe"]["support"] == 1
+
+
+def test_labels_beside_texts_do_not_matter_to_predictions(run, reviews, tmp_path, capsys):
+    assert run(f"--data {reviews}")[0] == 0
+    for name, label in (("plain", None), ("strange", "strange"), ("blank", "")):
+        rows = [{"text": text} | ({} if label is None else {"label": label}) for text in texts(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    for name in ("plain", "strange", "blank"):
+        assert main(["predict", "--model", str(run.out), "--data", str(tmp_path / f"{name}.jsonl"), "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out)["predictions"])
+    assert said[0] == said[1] == said[2] and len(said[0]) == 3
+
+
+def test_an_intent_out_of_scope_is_said_by_the_threshold_that_was_learned(run, tmp_path, capsys):
+    file = tmp_path / "intents.jsonl"
+    rows = [{"text": text, "intent": ("ask", "tell", "oos")[i % 3]} for i, text in enumerate(texts(36))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, said = run(f"--data {file} --task intent --valid-fraction 0.4 --option.out_of_scope oos")
+    assert code == 0, said
+    results = json.loads((run.out / "results.json").read_text())["valid"]
+    config = json.loads((latest(run.out) / "config.json").read_text())
+    assert results["threshold"] == config["task_specific_params"]["threshold"] > 0
+    assert main(["predict", "--model", str(run.out), "--json", "dogs at night", "why ?"]) == 0
+    for answer in json.loads(capsys.readouterr().out)["predictions"]:
+        assert (answer["label"] == "oos") == (answer["probability"] < results["threshold"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "give --data or --train, one of the two"),
+        ("--data {reviews} --train {reviews}", "give --data or --train, one of the two"),
+        ("--data {reviews} --test-fraction 1.5", "test_fraction=1.5 is not between 0 and 1"),
+        ("--data {reviews} --seeds 0", "seeds=0 is not positive"),
+        ("--data {reviews} --max-length 0", "max_length=0 is not a whole number from 3"),
+        ("--data {reviews} --task intent --option.treshold 0.5", "did you mean 'threshold'?"),
+        ("--data {reviews} --label-column text2", "no column 'text2' among text, label"),
+        ("--train {one} --task regression", "too few examples to hold any out: name a file with --valid"),
+        ("--train {bare}", "bare.csv:2: it has no label: name its column with --label-column"),
+        ("--train {header}", "header.csv: it holds no records"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_leaves_nothing(flags, message, run, reviews, tmp_path):
+    for name, content in (("one", "text,label\nthe cat,3\n"), ("bare", "text\nthe cat\n"), ("header", "text,label\n")):
+        (tmp_path / f"{name}.csv").write_text(content)
+    files = {name: tmp_path / f"{name}.csv" for name in ("one", "bare", "header")}
+    code, said = run(flags.format(reviews=reviews, **files))
+    assert code == 2 and message in said.splitlines()[-1] and not run.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("predict --model {weights} the", "has no head of a task: fine-tune it first"),
+        ("evaluate --model {encoder} --data {reviews}", "has neither a task's head nor a masked-language-model head"),
+        ("predict the --model {weights} --data {reviews}", "give texts on the command line or --data, one of the two"),
+    ],
+)
+def test_a_model_without_the_head_of_a_task_says_so(verb, message, weights, reviews, tmp_path, capsys):
+    build(BertModel).save_pretrained(tmp_path / "encoder", TOKENIZER)
+    assert main(verb.format(weights=weights, reviews=reviews, encoder=tmp_path / "encoder").split()) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
