@@ -31,4 +31,13 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "Tokenizer",
+    "pipeline",
 ]
+
+
+def __getattr__(name: str):
+    if name == "pipeline":  # not until it is asked for: it needs the tasks, and they the training
+        from .tasks.pipelines import pipeline
+
+        return pipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

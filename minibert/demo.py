@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .cli.common import refuse_filled, resolve_model
+from .cli.common import refuse_filled
 from .cli.finetuning import finetune
 from .cli.pretraining import pretrain
 from .data.records import find_splits
@@ -25,7 +25,7 @@ from .integrations.speed import time_inference
 from .model import BertForPreTraining, BertForSequenceClassification, BertModel
 from .tasks import Example, predict, task_of
 from .tasks.pretraining import fill_mask
-from .train import METRICS, read_metrics
+from .train import METRICS, read_metrics, resolve_model
 
 REVIEWS = Path(__file__).parent / "samples" / "reviews.csv"
 MASKED = "If the object is not found, an exception is [MASK]."

@@ -21,7 +21,7 @@ from ..data.text import refuse
 from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
 from ..model import MODELS, BertForMaskedLM, BertForPreTraining
-from ..train import Run, World, best, check_device, latest, phases, started
+from ..train import Run, World, check_device, started
 
 
 def say(text: str, **options) -> None:
@@ -41,17 +41,6 @@ def resolve_device(device: str) -> str:
 def check_backend(backend: str, device: str) -> None:
     """Refuse an implementation that cannot run here, before anything is read or written."""
     use_triton("the model", backend, torch.empty(0, device=device))
-
-
-def resolve_model(directory) -> Path:
-    """A directory with a config.json as it is; of a run, or its last phase, the best checkpoint, else the newest."""
-    directory = Path(directory)
-    if (directory / "config.json").is_file():
-        return directory
-    for run in reversed([directory, *phases(directory)]):
-        if found := best(run) or latest(run):
-            return found
-    raise ValueError(f"{directory} is not a checkpoint: it has no config.json and no step-N directory")
 
 
 def one_directory(positional: list[str], flag: str | None) -> str:

@@ -9,7 +9,8 @@ from ..explain import render
 from ..files import write_atomically
 from ..model import BertForMaskedLM, BertModel
 from ..model.heads import MLMHead
-from .common import load, model_kind, print_json, resolve_device, resolve_model, say
+from ..train import resolve_model
+from .common import load, model_kind, print_json, resolve_device, say
 from .flags import Backend, Device, Json, Pickle
 
 

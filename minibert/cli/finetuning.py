@@ -20,6 +20,7 @@ from ..tasks import (
     TASKS,
     Example,
     Task,
+    head_of,
     make_task,
     pretraining,
     read_examples,
@@ -28,9 +29,9 @@ from ..tasks import (
 )
 from ..tasks import evaluate as measure
 from ..tasks import predict as answer
-from ..tasks.base import CHUNK
+from ..tasks.base import CHUNK, printable
 from ..tasks.finetune import finetune as fit
-from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, World
+from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, World, resolve_model
 from .common import (
     BadRecords,
     check_backend,
@@ -38,13 +39,11 @@ from .common import (
     check_fractions,
     language_model,
     load,
-    model_kind,
     open_store,
     pick,
     print_json,
     print_result,
     resolve_device,
-    resolve_model,
     save_options,
     say,
 )
@@ -311,7 +310,7 @@ def evaluate_on_text(
 
 
 def predict(
-    text: Annotated[list[str], "texts to read"],
+    text: Annotated[list[str], "texts to read, with ||| between those of a pair, a question and context, and choices"],
     /,
     *,
     model: Directory,
@@ -344,18 +343,16 @@ def predict(
     if data:
         records = find_splits(data[0] if len(data) == 1 else data)["train"].records(bad)
     else:
-        records = (Record(f"text {number}", task.fields(one)) for number, one in enumerate(text, 1))
+        records = (Record(f"text {number}", task.fields(*split_texts(one))) for number, one in enumerate(text, 1))
     examples = read_examples(task, records, bad)
     answers = answer(task, network, Tokenizer.from_pretrained(source), examples)
     write_answers(map(printable, answers), task, out, json)
     bad.summary()
 
 
-def head_of(source: Path, allow_pickle: bool = False) -> type | None:
-    """The class of a fine-tuned model; None where it has no head of a task."""
-    task = TASKS.get(load_config(source).finetuning_task)
-    kind = task.head if task else model_kind(source, allow_pickle)
-    return kind if any(task.head is kind for task in TASKS.values()) else None
+def split_texts(text: str) -> list[str]:
+    """The texts of a pair, or a question and what belongs to it, as they are typed: with ||| between them."""
+    return [part.strip() for part in text.split("|||")]
 
 
 def with_flags(task: Task, flags: dict[str, Any]) -> Task:
@@ -363,10 +360,6 @@ def with_flags(task: Task, flags: dict[str, Any]) -> Task:
     names = [field.name for field in dataclasses.fields(task)]
     columns = {name: flags.get(name) for name in ("text_column", "pair_column", "label_column") if name in names}
     return dataclasses.replace(task, truncate=task.truncate or flags["truncate"], **columns)
-
-
-def printable(prediction: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in prediction.items() if not isinstance(value, np.ndarray)}
 
 
 def write_answers(answers: Iterable[dict[str, Any]], task: Task, out: str | None, as_json: bool) -> None:

@@ -30,6 +30,7 @@ from ..train import (
     World,
     claim,
     latest,
+    resolve_model,
     train,
 )
 from .common import (
@@ -45,7 +46,6 @@ from .common import (
     print_json,
     print_result,
     resolve_device,
-    resolve_model,
     save_options,
     say,
 )

@@ -11,7 +11,8 @@ from ..config import PRESETS, BertConfig
 from ..model import BertForPreTraining, BertModel
 from ..profile import Options, profile_step, run_steps, synthetic_batch
 from ..profile.measure import check_tool
-from .common import check_backend, model_kind, pick, print_json, refuse_filled, resolve_device, resolve_model, say
+from ..train import resolve_model
+from .common import check_backend, model_kind, pick, print_json, refuse_filled, resolve_device, say
 from .flags import Arch, Backend, Device, Dtype, Json, Out, Pickle
 
 SHOWN = 20

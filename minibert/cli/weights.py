@@ -11,6 +11,7 @@ from rich.table import Table
 
 from .. import __version__, hub
 from ..data.tokenizer import Tokenizer
+from ..train import resolve_model
 from ..train.card import copy_card
 from .common import (
     model_kind,
@@ -19,7 +20,6 @@ from .common import (
     print_result,
     refuse_filled,
     resolve_device,
-    resolve_model,
     say,
 )
 from .flags import Backend, Device, Json, MaybeDirectory, Out, Pickle

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -66,6 +66,14 @@ def text_of(record: Record, name: str) -> str:
     return value
 
 
+def texts_in(record: Record, name: str, least: int = 1) -> tuple[str, ...]:
+    """The texts in a field that is a list of `least` or more; ValueError if it is not, or one of them is no text."""
+    values = _value(record, name)
+    if not isinstance(values, list | tuple) or len(values) < least:
+        raise ValueError(f"{record.where}: {name}={SHOWN.repr(values)} is not a list of {least} or more texts")
+    return tuple(text_of(Record(record.where, {f"{name}[{i}]": one}), f"{name}[{i}]") for i, one in enumerate(values))
+
+
 def label_of(record: Record, name: str) -> str:
     """The label in a field, a number or a string, without surrounding blanks; ValueError if it is neither or blank."""
     value = _value(record, name)
@@ -79,6 +87,11 @@ def _value(record: Record, name: str) -> Any:
     if name not in record.fields:
         raise unknown_column(record.where, name, record.fields)
     return record.fields[name]
+
+
+def as_records(rows: Iterable[Mapping[str, Any]], name: str = "records") -> Iterator[Record]:
+    """Records made in memory; errors call them `name`:1, `name`:2 and so on."""
+    return (Record(f"{name}:{number}", dict(row)) for number, row in enumerate(rows, 1))
 
 
 def find_splits(path) -> dict[str, Source]:

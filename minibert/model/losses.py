@@ -104,7 +104,11 @@ def pair_loss(vectors: Tensor, labels: Tensor, kind: str, temperature: float) ->
         labels: [P] float, the similarity that a pair should have, from 0 to 1; `contrastive` does not look at it.
         kind: "cosine", the squared difference of cosine and label; or "contrastive", the cross entropy of finding the
             second text of each pair among all second texts by cosine over `temperature` (Henderson et al., 2017).
+    Raises:
+        ValueError: an odd number of vectors, or labels of another shape.
     """
+    if len(vectors) % 2:
+        raise ValueError(f"{len(vectors)} vectors are not pairs")
     check_shape("labels", labels, vectors[::2, 0])
     first, second = F.normalize(vectors.float(), dim=-1).unflatten(0, (-1, 2)).unbind(1)
     if kind == "cosine":

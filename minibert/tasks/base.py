@@ -79,9 +79,11 @@ class Task:
         """Raises ValueError, naming file, line and field, where the record is not one of this task's."""
         raise NotImplementedError
 
-    def fields(self, text: str) -> dict[str, Any]:
-        """What a record would hold of which only this text is known."""
-        return {"text": text}
+    def fields(self, *texts: str) -> dict[str, Any]:
+        """What a record would hold of which only these texts are known: one, or as many as the task reads."""
+        if len(texts) > 1:
+            raise ValueError(f"{self.name} reads one text, got {len(texts)}")
+        return {"text": texts[0]}
 
     def prepared(self, examples: Sequence[Example]) -> "Task":
         """The task with what it takes from the training examples before it is learned, as weights of classes."""
@@ -180,17 +182,22 @@ def per_token(x: Tensor, rows: Sequence[Row]) -> list[np.ndarray]:
 
 
 def predict(
-    task: Task, model: nn.Module, tokenizer: Tokenizer, examples: Iterable[Example]
+    task: Task, model: nn.Module, tokenizer: Tokenizer, examples: Iterable[Example], *, chunk: int = CHUNK
 ) -> Iterator[dict[str, Any]]:
-    """The prediction for each example, in order; so many examples as are sorted together are held at a time.
+    """The prediction for each example, in order; `chunk` examples are held, and sorted by length, at a time.
 
     Raises:
         ValueError: see `Task.encode`.
     """
     examples = iter(examples)
-    while chunk := list(itertools.islice(examples, CHUNK)):
-        rows = task.encode(tokenizer, chunk, model.config)
-        yield from task.predict(chunk, rows, score(task, model, rows), model.config)
+    while held := list(itertools.islice(examples, chunk)):
+        rows = task.encode(tokenizer, held, model.config)
+        yield from task.predict(held, rows, score(task, model, rows), model.config)
+
+
+def printable(prediction: Mapping[str, Any]) -> dict[str, Any]:
+    """A prediction in JSON's types, without the arrays that `measure` alone needs."""
+    return {name: value for name, value in prediction.items() if not isinstance(value, np.ndarray)}
 
 
 def evaluate(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import BertConfig
-from ..data.records import Record, text_of
+from ..data.records import Record, text_of, texts_in
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForMultipleChoice
@@ -35,21 +35,18 @@ class MultipleChoice(Task):
         return max(1, self.num_choices)
 
     def example(self, record: Record) -> Example:
-        question, choices = text_of(record, "question"), record.fields.get("choices")
+        question, choices = text_of(record, "question"), texts_in(record, "choices", least=2)
         if "context" in record.fields:
             question = f"{text_of(record, 'context')} {question}"
-        if (
-            not isinstance(choices, list)
-            or len(choices) < 2
-            or not all(isinstance(c, str) and c.strip() for c in choices)
-        ):
-            raise ValueError(f"{record.where}: choices={str(choices)[:60]} is not a list of two texts or more")
         if self.num_choices and len(choices) != self.num_choices:
             raise ValueError(f"{record.where}: choices has {len(choices)} texts, expected {self.num_choices}")
         label = record.fields.get("label")
         if label is not None and (type(label) is not int or not 0 <= label < len(choices)):
             raise ValueError(f"{record.where}: label={label!r} is not the number of a choice, 0 to {len(choices) - 1}")
         return Example((question, *choices), label, record.where)
+
+    def fields(self, *texts):
+        return {"question": texts[0], "choices": texts[1:]}
 
     def config(self, examples: Sequence[Example]):
         count = len(examples[0].texts) - 1
@@ -61,7 +58,7 @@ class MultipleChoice(Task):
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
         limit, rows = self.limit(config), []
         pairs = [(number, choice) for number, example in enumerate(examples) for choice in range(1, len(example.texts))]
-        questions, choices = ([examples[n].texts[i * side] for n, i in pairs] for side in (0, 1))
+        questions, choices = [examples[n].texts[0] for n, _ in pairs], [examples[n].texts[i] for n, i in pairs]
         encoded = tokenizer(questions, choices, truncation=self.truncate, max_length=limit if self.truncate else None)
         for (number, choice), ids, types in zip(pairs, encoded.input_ids, encoded.token_type_ids, strict=True):
             example = examples[number]

@@ -76,8 +76,8 @@ class Classification(Task):
         target = self.target(record, label) if label else None
         return Example(tuple(text_of(record, name) for name in names), target, record.where)
 
-    def fields(self, text):
-        return {self.text_column or "text": text}
+    def fields(self, *texts):
+        return pair_fields(texts, self.text_column, self.pair_column)
 
     def text_names(self, record: Record) -> tuple[str, ...]:
         if self.text_column is not None:
@@ -331,6 +331,15 @@ def label_names(labels: Sequence[str], where: str) -> tuple[str, ...]:
         return tuple(sorted(sorted(names), key=float))
     except ValueError:
         return tuple(sorted(names))
+
+
+def pair_fields(texts: Sequence[str], text_column: str | None, pair_column: str | None) -> dict[str, str]:
+    """The record of a text, or of a pair, under the names of its columns."""
+    if len(texts) > 2 or (len(texts) == 2 and text_column and not pair_column):
+        raise ValueError(f"the model reads {'one text' if text_column else 'a text or a pair'}, got {len(texts)} texts")
+    if len(texts) == 2 and not pair_column:
+        return dict(zip(("sentence1", "sentence2"), texts, strict=True))
+    return dict(zip((text_column or "text", pair_column), texts, strict=False))
 
 
 def class_of(example: Example, label: str, known: Mapping[str, int]) -> int:

@@ -11,11 +11,12 @@ from ..data.records import Record
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForSentenceEmbedding
+from ..model.task_heads import PAIR_LOSSES, POOLINGS
 from ..train import metrics
 from .base import Example, Task, as_numpy
-from .classification import Regression, check_length, read_again, texts_of
+from .classification import Regression, check_length, pair_fields, read_again, texts_of
 
-LOSSES = ("cosine", "contrastive")
+NEAREST = 1024  # pairs whose first texts are compared with all second ones at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +25,12 @@ class Embedding(Task):
 
     loss: `cosine` learns labels from 0 to `scale`, as similarities; `contrastive` takes the pairs with a label of
     `positive` or more, or all that have none, for the same in other words, and the other texts of the batch for others
-    (Henderson et al., 2017).
+    (Henderson et al., 2017), and is measured by the share of those pairs whose second text is the nearest of all.
     pooling, normalize: see `BertForSentenceEmbedding`.
     """
 
     name = "embedding"
     head = BertForSentenceEmbedding
-    metric = "spearman"
     dtype = torch.float32
 
     loss: str = "cosine"
@@ -45,10 +45,15 @@ class Embedding(Task):
 
     def __post_init__(self):
         super().__post_init__()
-        one_of("loss", self.loss, LOSSES)
+        one_of("loss", self.loss, PAIR_LOSSES)
+        one_of("pooling", self.pooling, POOLINGS)
         for name in ("scale", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not a positive number")
+
+    @property
+    def metric(self):
+        return "spearman" if self.loss == "cosine" else "nearest"
 
     @property
     def together(self):
@@ -61,8 +66,8 @@ class Embedding(Task):
             return Example(example.texts, self.positive, record.where)
         return example
 
-    def fields(self, text):
-        return {self.text_column or "text": text}
+    def fields(self, *texts):
+        return pair_fields(texts, self.text_column, self.pair_column)
 
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         single = next((example for example in examples if len(example.texts) == 1), None)
@@ -74,14 +79,12 @@ class Embedding(Task):
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
         limit = self.limit(config)
-        texts = [(number, text) for number, example in enumerate(examples) for text in example.texts]
-        encoded = tokenizer(
-            [text for _, text in texts], truncation=self.truncate, max_length=limit if self.truncate else None
-        )
-        rows, seen = [], set()
-        for (number, _), ids, types in zip(texts, encoded.input_ids, encoded.token_type_ids, strict=True):
-            label = None if number in seen else self.label(examples[number])  # the first text stands for the pair
-            seen.add(number)
+        sides = [(number, side) for number, example in enumerate(examples) for side in range(len(example.texts))]
+        texts = [examples[number].texts[side] for number, side in sides]
+        encoded = tokenizer(texts, truncation=self.truncate, max_length=limit if self.truncate else None)
+        rows = []
+        for (number, side), ids, types in zip(sides, encoded.input_ids, encoded.token_type_ids, strict=True):
+            label = None if side else self.label(examples[number])  # the first text stands for the pair
             rows.append(Row(check_length(ids, limit, examples[number]), types, label=label, example=number))
         return rows
 
@@ -101,19 +104,37 @@ class Embedding(Task):
         at = 0
         for example in examples:
             vectors, at = scores[at : at + len(example.texts)], at + len(example.texts)
-            answer = {"embedding": [float(x) for x in vectors[0]]}
-            if len(vectors) == 2:
-                answer = {"similarity": cosine(*vectors)}
-            yield texts_of(example) | answer
+            if len(vectors) == 1:
+                yield texts_of(example) | {"embedding": vectors[0].tolist()}
+            else:
+                yield texts_of(example) | {"similarity": cosine(*vectors), "vectors": np.stack(vectors)}
 
     def measure(self, examples, predictions, config):
         targets, given = [example.target for example in examples], [p["similarity"] for p in predictions]
-        return {"pearson": metrics.pearson(targets, given), "spearman": metrics.spearman(targets, given)}
+        result = {}
+        if len(set(targets)) > 1:
+            result |= {"pearson": metrics.pearson(targets, given), "spearman": metrics.spearman(targets, given)}
+        if self.loss == "contrastive":
+            same = [p["vectors"] for p, target in zip(predictions, targets, strict=True) if target >= self.positive]
+            result["nearest"] = nearest(np.array(same)) if same else float("nan")
+        return result
 
     def line(self, prediction):
         if "similarity" in prediction:
             return f"{prediction['similarity']:.4f}\t{read_again(prediction)}"
         return f"{' '.join(f'{x:.4f}' for x in prediction['embedding'])}\t{prediction['text']}"
+
+
+def nearest(pairs: np.ndarray) -> float:
+    """Of pairs of vectors [P, 2, D], the share whose second is the nearest to the first, by cosine, of all seconds;
+    one of k that are equally near counts 1 / k."""
+    first, second = (pairs / np.maximum(np.linalg.norm(pairs, axis=-1, keepdims=True), 1e-12)).swapaxes(0, 1)
+    right = 0.0
+    for start in range(0, len(pairs), NEAREST):
+        scores = first[start : start + NEAREST] @ second.T
+        best = scores >= scores.max(1, keepdims=True)
+        right += float((best.diagonal(start) / best.sum(1)).sum())
+    return right / len(pairs)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

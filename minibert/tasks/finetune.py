@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.rows import Row, RowData
 from ..data.tokenizer import Tokenizer
-from ..train import Result, Run, TrainConfig, claim, train
+from ..train import Result, Run, TrainConfig, claim, resolve_model, train
 from . import task_of
 from .base import Example, Task, draw_examples, evaluate
 
@@ -39,7 +39,7 @@ def finetune(
 
     Args:
         parts: labelled examples by split, see `read_examples` and `split_examples`.
-        init: a Hugging Face directory, or a checkpoint of a run, with its tokenizer.
+        init: a Hugging Face directory with its tokenizer, a run, or a checkpoint of one.
         batch_size: examples of a micro-batch. epochs: passes over the examples, where `steps` is None.
         eval_every: steps between evaluations, None for one an epoch.
         max_train: learn from so many examples, drawn by the seed; labels are known from all.
@@ -53,7 +53,10 @@ def finetune(
     for name, value in (("batch_size", batch_size), ("epochs", epochs)):
         if value <= 0:
             raise ValueError(f"{name}={value} is not positive")
-    seed = training.get("seed", 0)
+    for split in ("train", "valid"):
+        if not parts.get(split):
+            raise ValueError(f"parts has no examples called {split!r}: split_examples makes two parts of one")
+    seed, init = training.get("seed", 0), resolve_model(init)
     everything = [example for examples in parts.values() for example in examples]
     parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
     task = task.prepared(parts["train"])

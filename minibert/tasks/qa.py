@@ -58,11 +58,10 @@ class QuestionAnswering(Task):
         group = record.fields.get("title") or context
         return Example((question, context), answers_of(record, context), record.where, group, named)
 
-    def fields(self, text):
-        question, _, context = (part.strip() for part in text.partition("|||"))
-        if not context:
-            raise ValueError(f"{SHOWN.repr(text)}: expected a question ||| the context to find its answer in")
-        return {"question": question, "context": context}
+    def fields(self, *texts):
+        if len(texts) != 2 or not texts[1]:
+            raise ValueError(f"{SHOWN.repr(texts[0])}: expected a question ||| the context to find its answer in")
+        return dict(zip(("question", "context"), texts, strict=True))
 
     def config(self, examples):
         none = any(example.target == () for example in examples)

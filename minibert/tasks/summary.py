@@ -9,16 +9,17 @@ import numpy as np
 
 from ..batch import IGNORE
 from ..config import BertConfig
-from ..data.records import Record, text_of
+from ..data.records import Record, text_of, texts_in
 from ..data.rows import Row
 from ..data.sentences import split_sentences
 from ..data.tokenizer import Tokenizer
 from ..model import BertForTokenClassification
 from .base import Example, Task, per_position
 from .classification import softmax
-from .tokens import words_of
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+# the names that published sets give their columns, tried in this order
+DOCUMENTS, SUMMARIES = ("document", "article", "text"), ("summary", "highlights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class Summary(Task):
 
     Each sentence begins with a [CLS], whose state says whether to keep it. Learned are the sentences that a greedy
     search finds to be most like the summary (Nallapati et al., 2017). A sentence that shares three words in a row with
-    one that is kept already is passed over (Paulus et al., 2018), while there are others.
+    one that is kept already is passed over (Paulus et al., 2018). Of a long document as many whole sentences are read,
+    from the first, as the model takes.
     """
 
     name = "summary"
@@ -44,29 +46,39 @@ class Summary(Task):
 
     def example(self, record: Record) -> Example:
         if "sentences" in record.fields:
-            sentences = words_of(record, "sentences")
+            sentences = texts_in(record, "sentences")
         else:
-            name = "document" if "document" in record.fields else "text"
-            sentences = tuple(s for line in text_of(record, name).splitlines() for s in split_sentences(line))
-        target = text_of(record, "summary") if "summary" in record.fields else None
+            document = text_of(record, usual(record, DOCUMENTS) or "text")
+            sentences = tuple(s for line in document.splitlines() for s in split_sentences(line))
+        summary = usual(record, SUMMARIES)
+        target = None if summary is None else text_of(record, summary)
         extra = {"id": record.fields["id"]} if "id" in record.fields else {}
         return Example(sentences, target, record.where, extra=extra)
 
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         return ("leave", "keep")
 
+    def config(self, examples: Sequence[Example]):
+        rouge([""], [""])  # where its package is missing, that is said before anything is learned
+        return super().config(examples)
+
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
         pieces = iter(tokenizer.encode_plain([s for example in examples for s in example.texts]))
         limit, rows = self.limit(config), []
         for number, example in enumerate(examples):
             ids, types, at = [], [], []
-            for count, sentence in enumerate([next(pieces) for _ in example.texts]):
-                if len(at) == count and len(ids) + len(sentence) + 2 <= limit:  # what comes after is not read
-                    at.append(len(ids))
-                    types += [count % 2] * (len(sentence) + 2)
-                    ids += [tokenizer.cls_token_id, *sentence, tokenizer.sep_token_id]
-            if not at:
-                raise ValueError(f"{example.where}: the first sentence has more than the {limit} tokens of a row")
+            sentences = [next(pieces) for _ in example.texts]
+            if len(sentences[0]) + 2 > limit and not self.truncate:
+                raise ValueError(
+                    f"{example.where}: the first sentence has {len(sentences[0]) + 2} tokens, the model takes {limit}: "
+                    "use --truncate"
+                )
+            for count, sentence in enumerate([sentences[0][: limit - 2], *sentences[1:]]):
+                if len(ids) + len(sentence) + 2 > limit:
+                    break
+                at.append(len(ids))
+                types += [min(count % 2, config.type_vocab_size - 1)] * (len(sentence) + 2)
+                ids += [tokenizer.cls_token_id, *sentence, tokenizer.sep_token_id]
             kept = () if example.target is None else oracle(example.texts[: len(at)], example.target, self.sentences)
             tags = () if example.target is None else tuple(int(i in kept) for i in range(len(at)))
             rows.append(Row(ids, types, tuple(at), tags=tags, example=number))
@@ -101,6 +113,10 @@ class Summary(Task):
 
     def line(self, prediction):
         return prediction["summary"]
+
+
+def usual(record: Record, names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in record.fields), None)
 
 
 def words(text: str) -> list[str]:

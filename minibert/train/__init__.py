@@ -1,6 +1,6 @@
 """Training: the loop, its checkpoints and its log, and what they are made of."""
 
-from .checkpoint import FREE, CheckpointError, Run, best, latest, phases, verify
+from .checkpoint import FREE, CheckpointError, Run, best, latest, phases, resolve_model, verify
 from .distributed import PeerFailed, World, claim, join, started
 from .log import METRICS, TIMING_FIELDS, read_metrics
 from .loop import (
@@ -46,6 +46,7 @@ __all__ = [
     "phases",
     "read_metrics",
     "recipe_options",
+    "resolve_model",
     "started",
     "train",
     "verify",

@@ -255,6 +255,17 @@ def best(run_dir) -> Path | None:
     return Path(run_dir) / f"step-{record['step']}" if record else None
 
 
+def resolve_model(directory) -> Path:
+    """A directory with a config.json as it is; of a run, or its last phase, the best checkpoint, else the newest."""
+    directory = Path(directory)
+    if (directory / "config.json").is_file():
+        return directory
+    for run in reversed([directory, *phases(directory)]):
+        if found := best(run) or latest(run):
+            return found
+    raise ValueError(f"{directory} is not a checkpoint: it has no config.json and no step-N directory")
+
+
 def read_trainer(directory) -> dict:
     """`trainer.json` of a checkpoint: step, cursor, best, metrics, config, settings, versions.
 

@@ -10,12 +10,11 @@ import pytest
 import safetensors.torch
 
 from minibert.cli import build_parser, main, parse
-from minibert.cli.common import resolve_model
 from minibert.cli.phases import plan_phases
 from minibert.cli.plotting import records_of
 from minibert.cli.pretraining import PHASED
 from minibert.data import PretrainingData
-from minibert.train import METRICS, TIMING_FIELDS, read_metrics
+from minibert.train import METRICS, TIMING_FIELDS, read_metrics, resolve_model
 
 SENTENCE = "the lamp is good bad kettle film soup was not very kind of broken and we like it"
 PHASES = ["--phases", "{max_length: 24, steps: 5, lr: 1e-3}", "{max_length: 40, steps: 3, save_every: 2}"]

@@ -4,11 +4,10 @@ import pytest
 import yaml
 
 from minibert.cli import build_parser, main, parse
-from minibert.cli.common import resolve_model
 from minibert.cli.phases import plan_phases
 from minibert.cli.pretraining import PHASED, TRAINING
 from minibert.config import BertConfig
-from minibert.train import METRICS, RECIPES, TrainConfig, latest, read_metrics, recipe_options
+from minibert.train import METRICS, RECIPES, TrainConfig, latest, read_metrics, recipe_options, resolve_model
 
 SENTENCE = "the lamp is good bad kettle film soup was not very kind of broken and we like it"
 DAY = 24 * 60

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minibert.data.records import READERS, Record, Source, find_splits, format_of, label_of, text_of
+from minibert.data.records import (
+    READERS,
+    Record,
+    Source,
+    as_records,
+    find_splits,
+    format_of,
+    label_of,
+    text_of,
+    texts_in,
+)
 
 
 def put(path, content):
@@ -601,3 +611,29 @@ def test_any_three_files_are_a_snips_folder_or_an_error_of_one_line(tmp_path, co
 
 def test_every_container_is_tried_here():
     assert set(READERS) == {*CONTAINERS, "parquet", "snips"}
+
+
+def test_records_made_in_memory_are_numbered():
+    rows = [{"text": "a"}, {"text": " "}]
+    first, second = as_records(rows)
+    assert first == Record("records:1", {"text": "a"}) and first.fields is not rows[0]
+    assert refused(lambda: text_of(second, "text")) == "records:2: text=' ' is not a text"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["a", "b"], None),
+        (("a", "b"), None),
+        (["a"], "texts=['a'] is not a list of 2 or more texts"),
+        ("ab", "texts='ab' is not a list of 2 or more texts"),
+        (["a", None], "texts[1]=None is not a text"),
+        (["a\0", "b"], "texts[0]='a\\x00' is not a text"),
+    ],
+)
+def test_a_list_of_texts_has_texts_alone(value, message):
+    record = Record("f:3", {"texts": value})
+    if message is None:
+        assert texts_in(record, "texts", least=2) == ("a", "b")
+    else:
+        assert refused(lambda: texts_in(record, "texts", least=2)) == f"f:3: {message}"

@@ -34,6 +34,7 @@ from minibert.model import (
     BertForTokenClassification,
     BertModel,
 )
+from minibert.tasks import make_task
 
 transformers = pytest.importorskip("transformers")
 WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "weights"
@@ -105,7 +106,7 @@ def test_sentence_transformers_loads_what_we_save(tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     vocab = "[PAD] [UNK] [CLS] [SEP] [MASK] the cat sat on a mat dogs bark at night ##s ##ing play ."
     tokenizer = Tokenizer.from_vocab({piece: i for i, piece in enumerate(vocab.split())}, model_max_length=19)
-    model = build(BertForSentenceEmbedding)
+    model = build(BertForSentenceEmbedding, id2label=("vector",), **make_task("embedding").kept())
     model.save_pretrained(tmp_path, tokenizer)
     texts = ["The cat sat on a mat.", "dogs barks at night", "playing"]
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(texts)

@@ -133,11 +133,10 @@ def model():
     return build(BertForSequenceClassification, id2label=("x", "y", "z")).eval()
 
 
-def test_predictions_come_as_examples_are_read_a_chunk_at_a_time(model, monkeypatch):
-    monkeypatch.setattr(base, "CHUNK", 7)
+def test_predictions_come_as_examples_are_read_a_chunk_at_a_time(model):
     seen = []
     stream = (seen.append(example) or example for example in texts(40))
-    answers = base.predict(make_task("classification"), model, TOKENIZER, stream)
+    answers = base.predict(make_task("classification"), model, TOKENIZER, stream, chunk=7)
     for number in range(40):
         assert next(answers)["text"] == texts(40)[number].texts[0]
         assert number < len(seen) <= number - number % 7 + 7
