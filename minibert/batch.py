@@ -82,6 +82,8 @@ class Batch:
 
         Each sequence keeps its name and its targets; a row to ignore goes where it points.
         """
+        if count > 1 and self.labels is not None and len(self.labels) != self.num_sequences:
+            raise ValueError("the labels are of groups of sequences: such a batch cannot be split")
         count = max(min(count, self.num_sequences), 1)
         edges = [number * self.num_sequences // count for number in range(count + 1)]
         return [self] if count == 1 else [self._between(*edge) for edge in pairwise(edges)]

@@ -98,7 +98,8 @@ def test_every_command_about_finetuning_runs(runs):
     for command in commands:
         assert (runs / command[command.index("--out") + 1] / "results.json").is_file()
     assert len((runs / "answers.jsonl").read_text().splitlines()) == 40
-    assert json.loads((runs / "runs/five/seeds.json").read_text())["seeds"] == [0, 1]
+    cells = json.loads((runs / "runs/five/runs.json").read_text())["cells"]
+    assert [cell["runs"] for cell in cells] == [["seed-0", "seed-1"]]
 
 
 def test_the_python_about_finetuning_runs(runs, monkeypatch, capsys):

@@ -23,6 +23,7 @@ from ..tasks import (
     make_task,
     pretraining,
     read_examples,
+    read_texts,
     split_examples,
     task_of,
 )
@@ -141,7 +142,7 @@ def finetune(
     resume: Resume = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Fine-tune for a task: classes, intents, labels or a number of texts and pairs.
+    """Fine-tune for a task of docs/finetuning.md: classes, tags, answers, summaries, vectors ….
 
     Example: minibert finetune --data reviews.csv --init runs/tiny --out runs/reviews
     """
@@ -201,7 +202,7 @@ def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
     if (options["data"] is None) == (not options["train"]):
         raise ValueError("give --data or --train, one of the two")
     sources = find_splits(options["data"]) if options["data"] else {}
-    sources |= {split: find_splits(options[split])["train"] for split in ("train", "valid", "test") if options[split]}
+    sources |= {split: part_of(options[split], split) for split in ("train", "valid", "test") if options[split]}
     bad, parts = BadRecords(options["on_bad_record"]), {}
     for split, source in sources.items():
         examples = list(read_examples(task, source.records(bad), bad))
@@ -220,6 +221,18 @@ def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
                 f"{sources['train'].paths[0]}: too few examples to hold any out: name a file with --{split}"
             )
     return parts
+
+
+def part_of(paths: list[str], *wanted: str) -> Source:
+    """The first of the wanted splits that these files or this folder have, or all there is where nothing is split."""
+    found = find_splits(paths)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    split = next((split for split in wanted if split in found), None)
+    if split is None:
+        raise ValueError(f"{paths[0]} has {', '.join(found)}, and no {wanted[0]}: name a file")
+    say(f"{paths[0]}: {split}")
+    return found[split]
 
 
 def check_labelled(examples: list[Example], source: Source) -> None:
@@ -275,8 +288,8 @@ def evaluate(
     if kind is not None:
         network = load(kind, source, device, backend, allow_pickle)
         task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
-        found = find_splits(data[0] if len(data) == 1 else data)
-        labelled = found.get("test", found["train"])
+        check_complete(network, source)
+        labelled = part_of(data, "test", "valid")
         examples = list(read_examples(task, labelled.records(bad), bad))
         bad.summary()
         check_labelled(examples, labelled)
@@ -337,16 +350,21 @@ def predict(
     if kind is None:
         raise ValueError(f"{source} has no head of a task: fine-tune it first")
     network = load(kind, source, resolve_device(device), backend, allow_pickle)
-    # nothing is asked of labels that stand beside the texts
-    task, bad = with_flags(task_of(network), locals() | {"label_column": ""}), BadRecords(on_bad_record)
+    check_complete(network, source)
+    task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
     if data:
-        records = find_splits(data[0] if len(data) == 1 else data)["train"].records(bad)
+        records = part_of(data, "test", "valid").records(bad)
     else:
         records = (Record(f"text {number}", task.fields(*split_texts(one))) for number, one in enumerate(text, 1))
-    examples = read_examples(task, records, bad)
+    examples = read_texts(task, records, bad)
     answers = answer(task, network, Tokenizer.from_pretrained(source), examples)
     write_answers(map(printable, answers), task, out, json)
     bad.summary()
+
+
+def check_complete(network: nn.Module, source: Path) -> None:
+    if network.new_parameters:
+        raise ValueError(f"{source} has no {', '.join(network.new_parameters)}: fine-tune it first")
 
 
 def split_texts(text: str) -> list[str]:
@@ -357,7 +375,8 @@ def split_texts(text: str) -> list[str]:
 def with_flags(task: Task, flags: dict[str, Any]) -> Task:
     """The model's task, with the columns and the truncation that are asked for here."""
     names = [field.name for field in dataclasses.fields(task)]
-    columns = {name: flags.get(name) for name in ("text_column", "pair_column", "label_column") if name in names}
+    columns = ("text_column", "pair_column", "label_column")
+    columns = {name: flags[name] for name in columns if name in names and flags.get(name) is not None}
     return dataclasses.replace(task, truncate=task.truncate or flags["truncate"], **columns)
 
 

@@ -17,7 +17,7 @@ def typed_phases(given: Sequence[Mapping], parser) -> list[dict[str, Any]]:
     Raises:
         ValueError: a value is of another type; names the phase.
     """
-    flags = {flag.replace("-", "_") for flag in parser.flags}
+    flags = {flag.replace("-", "_") for flag in parser.flags} - {"config"}
     typed = []
     for number, phase in enumerate(given, 1):
         known = {name: value for name, value in phase.items() if name in flags}
@@ -37,11 +37,13 @@ def plan_phases(
     Raises:
         ValueError: a phase says what may not differ, or has nothing to be shared out by.
     """
+    if None not in (options["steps"], options["minutes"]):
+        raise ValueError(f"steps={options['steps']} and minutes={options['minutes']}: give one of the two")
     for number, phase in enumerate(given, 1):
         for name in phase:
             if name in options and name not in may_differ:
                 raise ValueError(f"phase {number}: {name} is the same in all phases: give it beside them")
-            one_of(f"phase {number}", name, may_differ)
+            one_of(f"phase {number}: option", name, may_differ)
     given = [dict(phase) for phase in given]
     for name in SHARES:
         if options[name] is not None:

@@ -217,7 +217,9 @@ def learn_in_phases(plans: list[Plan], run: Run, sides: list, start: Path | None
     folders = [run.path / f"phase-{number}" for number in range(1, len(plans) + 1)]
     decisive = [name for name in PHASED if name not in FREE]
     said = {str(number): pick(each.options, " ".join(decisive)) for number, each in enumerate(plans, 1)}
-    reached = once(lambda: max((index for index, folder in enumerate(folders) if latest(folder)), default=0))
+    same = {"phases": said, "preset": plans[0].options["model"]}
+    backwards = reversed(range(len(plans)))  # what lies before the newest phase is not needed, nor read
+    reached = once(lambda: next((index for index in backwards if latest(folders[index])), 0))
     for index in range(reached, len(plans)):
         moments = None
         if index:
@@ -225,8 +227,8 @@ def learn_in_phases(plans: list[Plan], run: Run, sides: list, start: Path | None
             moments = start if plans[index].config.optimizer == plans[index - 1].config.optimizer else None
         say(f"phase {index + 1} of {len(plans)}")
         with claim(folders[index], run.resume) as part:
-            result = learn(plans[index], part, sides, start, begin, moments, {"phases": said})
-        begin = list  # said and kept once
+            result = learn(plans[index], part, sides, start, begin, moments, same)
+        begin = lambda: None  # noqa: E731  (said and kept once)
         if result.signal and index < last:
             name = signal.Signals(result.signal).name
             raise Interrupted(f"{name} at the end of phase {index + 1}: continue with --resume", result.signal)
@@ -350,7 +352,8 @@ def new_network(options: dict, start: Path | None, tokenizer: Tokenizer, kind: t
         network = kind(config, backend=backend)
     else:
         allow_pickle = options["allow_pickle"]
-        network = kind.from_pretrained(start, backend=backend, allow_pickle=allow_pickle, **options["arch"])
+        again = {"finetuning_task": None, "task_specific_params": None} | options["arch"]  # a language model once more
+        network = kind.from_pretrained(start, backend=backend, allow_pickle=allow_pickle, **again)
         say(f"new parameters: {', '.join(network.new_parameters) or 'none'}")
     if tokenizer.vocab_size > network.config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, vocab_size={network.config.vocab_size}")

@@ -93,6 +93,7 @@ def summarise(runs: Mapping[str, tuple[dict[str, Any], dict[str, dict]]]) -> lis
             f"{split} {name}": [numbers(result[split])[name] for result in results]
             for split in results[0]
             for name in numbers(results[0][split])
+            if all(name in numbers(result[split]) for result in results)  # another seed may hold out no such example
         }
         examples = values.pop("train examples")[0]
         table = {
@@ -109,7 +110,7 @@ def shown(options: Mapping[str, Any]) -> str:
 
 
 def mean_of(cell: Mapping[str, Any], name: str) -> float:
-    return cell["numbers"][name]["mean"]
+    return cell["numbers"].get(name, {"mean": math.nan})["mean"]
 
 
 def curves(cells: Sequence[Mapping[str, Any]], name: str) -> dict[str, list[tuple[int, float, float]]]:

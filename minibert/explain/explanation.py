@@ -163,8 +163,10 @@ def subject(
         if label is not None:
             one_of("label", label, names)
         index = int(logits.argmax()) if label is None else names.index(label)
-        order = () if isinstance(task_of(model), Regression) else logits.argsort(descending=True).tolist()
-        predictions = tuple((names[i], float(logits.softmax(-1)[i])) for i in order)
+        task = task_of(model)
+        order = () if isinstance(task, Regression) else logits.argsort(descending=True).tolist()
+        shares = (logits / task.temperature).softmax(-1)
+        predictions = tuple((names[i], float(shares[i])) for i in order)
         return None, predictions, names[index], class_score(index)
     if not masks:
         raise ValueError(f"the text has no {tokenizer.mask_token}, and the model has no classifier")

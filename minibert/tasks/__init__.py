@@ -5,7 +5,7 @@ from torch import nn
 from ..config import one_of
 from ..hub import architecture, load_config
 from ..model import MODELS
-from .base import Example, Task, draw_examples, evaluate, predict, read_examples, split_examples
+from .base import Example, Task, draw_examples, evaluate, predict, read_examples, read_texts, split_examples
 from .choice import MultipleChoice
 from .classification import Classification, Intent, MultiLabel, Regression
 from .embedding import Embedding
@@ -68,6 +68,7 @@ __all__ = [
     "make_task",
     "predict",
     "read_examples",
+    "read_texts",
     "split_examples",
     "task_of",
     "tasks_for",

@@ -48,6 +48,7 @@ class Task:
 
     name: the key in `TASKS`. head: its model class. metric: the number of `measure` that decides which checkpoint is
     the best, mode whether `higher` or `lower` is better. dtype: of the labels.
+    answers: the fields of a record that say what a prediction is to say.
     max_length: tokens of a row, None for as many as the model takes. truncate: cut what is longer; else it is an error.
     """
 
@@ -55,6 +56,7 @@ class Task:
     head: ClassVar[type[nn.Module]]
     metric: ClassVar[str]
     mode: ClassVar[str] = "higher"
+    answers: ClassVar[tuple[str, ...]] = ("label",)
     dtype: ClassVar[torch.dtype] = torch.int64
 
     max_length: int | None = None
@@ -153,6 +155,15 @@ def read_examples(
             bad(error)
 
 
+def read_texts(task: Task, records: Iterable[Record], bad: Callable[[ValueError], None] = refuse) -> Iterator[Example]:
+    """The examples of records of which only the texts are looked at, whatever else stands beside them."""
+    if "label_column" in (option.name for option in dataclasses.fields(task)):
+        task = dataclasses.replace(task, label_column="")
+    for record in records:
+        fields = {name: value for name, value in record.fields.items() if name not in task.answers}
+        yield from read_examples(task, [Record(record.where, fields)], bad)
+
+
 @torch.no_grad()
 def score(task: Task, model: nn.Module, rows: Sequence[Row]) -> list[Any]:
     """The scores of every row, in the order of the rows."""
@@ -229,7 +240,7 @@ def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> t
     for unit in units.values():
         target = examples[unit[0]].target
         kinds.setdefault(target if len(unit) == 1 and isinstance(target, str) else None, []).append(unit)
-    few = len(kinds) > len(examples) // 4  # as many labels as a regression target has: draw over all
+    few = len(kinds) > len(examples) // 2  # as many labels as a regression target has: draw over all
     held: set[int] = set()
     for kind in [list(units.values())] if few else list(kinds.values()):
         firsts = np.array([unit[0] for unit in kind], dtype=np.int64)

@@ -43,6 +43,7 @@ class Classification(Task):
     name = "classification"
     head = BertForSequenceClassification
     metric = "accuracy"
+    answers = ()  # the column is found by its name, or not looked for
     problem: ClassVar[str] = "single_label_classification"
 
     text_column: str | None = None
@@ -115,6 +116,9 @@ class Classification(Task):
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
         limit = self.limit(config)
+        odd = next((example for example in examples if len(example.texts) != len(examples[0].texts)), None)
+        if odd is not None:
+            raise ValueError(f"{odd.where}: {len(odd.texts)} texts, {examples[0].where} has {len(examples[0].texts)}")
         texts = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
         encoded = tokenizer(*texts, truncation=self.truncate, max_length=limit if self.truncate else None)
         rows = zip(encoded.input_ids, encoded.token_type_ids, strict=True)
@@ -178,6 +182,10 @@ class Intent(Classification):
     out_of_scope: str = "oos"
     threshold: float = 0.0
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "out_of_scope", str(self.out_of_scope))  # labels are texts, also a -1
+
     def taught(self, example):
         return () if example.target == self.out_of_scope else super().taught(example)
 
@@ -206,6 +214,10 @@ class Intent(Classification):
 
     def measure(self, examples, predictions, config):
         inside = [i for i, example in enumerate(examples) if example.target != self.out_of_scope]
+        if not inside:
+            raise ValueError(
+                f"{examples[0].where}: all are {self.out_of_scope!r}: some known intent is needed"
+            )
         closed = [p | {"label": config.id2label[int(p["logits"].argmax())]} for p in predictions]
         result = super().measure([examples[i] for i in inside], [closed[i] for i in inside], config)
         if len(inside) < len(examples):

@@ -31,6 +31,7 @@ class Embedding(Task):
 
     name = "embedding"
     head = BertForSentenceEmbedding
+    answers = ()
     dtype = torch.float32
 
     loss: str = "cosine"

@@ -13,7 +13,7 @@ from ..data.records import as_records
 from ..data.tokenizer import Tokenizer
 from ..train import check_device, resolve_model
 from . import TASKS, head_of, task_of, tasks_for
-from .base import CHUNK, Example, Task, predict, printable
+from .base import CHUNK, Example, Task, predict, printable, read_texts
 
 Input = str | tuple[str, ...] | Mapping[str, Any]
 
@@ -48,9 +48,7 @@ class Pipeline:
         return map(printable, predict(self.task, self.model, self.tokenizer, self._examples(inputs), chunk=chunk))
 
     def _examples(self, inputs: Iterable[Input]) -> Iterator[Example]:
-        for record in as_records(map(self._fields, inputs), "input"):
-            # a label that a record happens to have is none that the model must know
-            yield dataclasses.replace(self.task.example(record), target=None)
+        return read_texts(self.task, as_records(map(self._fields, inputs), "input"))
 
     def _fields(self, one: Input) -> Mapping[str, Any]:
         if isinstance(one, Mapping):

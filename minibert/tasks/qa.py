@@ -37,6 +37,7 @@ class QuestionAnswering(Task):
     name = "qa"
     head = BertForQuestionAnswering
     metric = "f1"
+    answers = ("answers",)
 
     max_length: int | None = 384
     stride: int = 128
@@ -55,7 +56,7 @@ class QuestionAnswering(Task):
         question, context = (text_of(record, name) for name in ("question", "context"))
         named = {"id": record.fields["id"]} if "id" in record.fields else {}
         # an article's questions share its words: they stay on one side of a split
-        group = record.fields.get("title") or context
+        group = str(record.fields.get("title") or context)
         return Example((question, context), answers_of(record, context), record.where, group, named)
 
     def fields(self, *texts):

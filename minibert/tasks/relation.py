@@ -35,6 +35,10 @@ class Relation(Task):
 
     other: str = "Other"
 
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "other", str(self.other))  # labels are texts, also a 0
+
     def example(self, record: Record) -> Example:
         text = text_of(record, "text")
         parts = tuple(MARK.split(text))

@@ -35,6 +35,7 @@ class Summary(Task):
     name = "summary"
     head = BertForTokenClassification
     metric = "rouge1"
+    answers = SUMMARIES
 
     sentences: int = 3
     block_trigrams: bool = True

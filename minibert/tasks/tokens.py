@@ -35,6 +35,7 @@ class Tagging(Task):
     name = "ner"
     head = BertForTokenClassification
     metric = "f1"
+    answers = ("tags",)
 
     scheme: str | None = None
 
@@ -142,6 +143,7 @@ class Joint(Tagging):
     name = "joint"
     head = BertForJointClassification
     metric = "exact"
+    answers = ("tags", "label")
 
     intents: Sequence[str] = ()
 

@@ -61,6 +61,8 @@ class Sharded(World):
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Each rank its own share, into `<stem>-00001.safetensors` and so on beside `path`."""
+        if not tensors:  # of none there would be no share, and a resume would look for one
+            return super().write(path, tensors)
         try:
             checkpoint.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(path.parent, save_distributed=True))
         except CheckpointException as error:

@@ -178,7 +178,7 @@ def test_steps_and_minutes_are_shared_out_in_proportion():
         ("{data: [other]}", "phase 2: data is the same in all phases"),
         ("{objectives: [sop]}", "phase 2: objectives is the same in all phases"),
         ("{seed: 3}", "phase 2: seed is the same in all phases"),
-        ("{max_lenght: 9}", "phase 2='max_lenght' is not one of steps, .*did you mean 'max_length'"),
+        ("{max_lenght: 9}", "phase 2: option='max_lenght' is not one of steps, .*did you mean 'max_length'"),
         ("{max_length: long}", "phase 2: .max_length.: Expected a <class 'int'>"),
         ("{max_length: 24}", "phase 2: steps=None and minutes=None: give one of the two"),
         ("{steps: 3, max_length: 1024}", "phase 2: max_length=1024 exceeds max_position_embeddings=512"),
