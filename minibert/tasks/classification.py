@@ -215,9 +215,7 @@ class Intent(Classification):
     def measure(self, examples, predictions, config):
         inside = [i for i, example in enumerate(examples) if example.target != self.out_of_scope]
         if not inside:
-            raise ValueError(
-                f"{examples[0].where}: all are {self.out_of_scope!r}: some known intent is needed"
-            )
+            raise ValueError(f"{examples[0].where}: all are {self.out_of_scope!r}: some known intent is needed")
         closed = [p | {"label": config.id2label[int(p["logits"].argmax())]} for p in predictions]
         result = super().measure([examples[i] for i in inside], [closed[i] for i in inside], config)
         if len(inside) < len(examples):

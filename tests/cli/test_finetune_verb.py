@@ -8,6 +8,8 @@ from small import TOKENIZER, build
 
 from minibert import BertForMaskedLM, BertForSequenceClassification, BertModel
 from minibert.cli import main
+from minibert.cli.sweeping import summarise
+from minibert.tasks.pipelines import pipeline
 from minibert.train import METRICS, latest, read_metrics
 
 
@@ -183,3 +185,58 @@ def test_a_model_without_the_head_of_a_task_says_so(verb, message, weights, revi
     build(BertModel).save_pretrained(tmp_path / "encoder", TOKENIZER)
     assert main(verb.format(weights=weights, reviews=reviews, encoder=tmp_path / "encoder").split()) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_columns_a_model_was_trained_with_are_read_again_and_labels_are_not(run, tmp_path, capsys):
+    rows = [{"review": t, "rating": "yn"[i % 2], "text": "the mat"} for i, t in enumerate(texts(20))]
+    data = write_jsonl(tmp_path / "columns.jsonl", rows)
+    assert run(f"--data {data} --text-column review --label-column rating")[0] == 0
+    other = write_jsonl(tmp_path / "other.jsonl", [row | {"rating": "never seen"} for row in rows])
+    assert main(["predict", "--model", str(run.out), "--data", str(other), "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)["predictions"]
+    assert [answer["text"] for answer in answers] == texts(20)
+    assert pipeline(run.out)("birds at night")["label"] in ("y", "n")
+
+
+def test_a_folder_gives_the_split_that_was_asked_for(run, reviews, tmp_path, capsys):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    for name, first, count in (("train", 0, 12), ("dev", 100, 4), ("test", 200, 6)):
+        rows = [{"text": t, "label": "yn"[i % 2]} for i, t in enumerate(texts(count, first))]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    code, said = run(f"--train {reviews} --valid {folder} --test {folder}")
+    assert code == 0 and "valid: 4 examples, test: 6 examples" in said.replace("\n", "")
+    assert main(["evaluate", "--model", str(run.out), "--data", str(folder), "--json"]) == 0
+    assert sum(row["support"] for row in json.loads(capsys.readouterr().out)["per_class"].values()) == 6
+    (folder / "dev.jsonl").unlink()
+    assert run(f"--train {reviews} --valid {folder} --out {tmp_path}/no")[1].count("has train, test, and no valid") == 1
+
+
+def test_a_head_that_was_pretrained_away_neither_predicts_nor_is_measured(run, reviews, tmp_path, capsys):
+    assert run(f"--data {reviews}")[0] == 0
+    bare = tmp_path / "bare"
+    BertForMaskedLM.from_pretrained(latest(run.out)).save_pretrained(bare, TOKENIZER)
+    for verb in (["predict", "the cat"], ["evaluate", "--data", str(reviews)]):
+        assert main([*verb, "--model", str(bare)]) == 2
+        assert "classifier.weight, classifier.bias: fine-tune it first" in capsys.readouterr().err
+
+
+def test_a_number_that_one_seed_lacks_does_not_end_the_table():
+    results = [
+        {"train": {"examples": 3}, "valid": {"f1": 0.5, "odd": 1.0}},
+        {"train": {"examples": 3}, "valid": {"f1": 0.7}},
+    ]
+    cells = summarise({f"seed-{i}": ({"seed": i}, result) for i, result in enumerate(results)})
+    assert cells[0]["numbers"] == {"valid f1": {"mean": pytest.approx(0.6), "sd": pytest.approx(0.2 / 2**0.5)}}
+
+
+def test_texts_and_pairs_in_one_file_are_named(run, tmp_path):
+    rows = [{"text": "the cat", "label": "a"}, {"text": "dogs", "label": "b"}] * 6
+    data = write_jsonl(tmp_path / "mixed.jsonl", [*rows, {"sentence1": "a", "sentence2": "b", "label": "a"}])
+    code, said = run(f"--data {data}")
+    assert code == 2 and "mixed.jsonl:13: 2 texts, " in said

@@ -191,3 +191,27 @@ def test_a_phase_that_cannot_be_is_named_before_anything_is_written(phase, messa
     [line] = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert not (tmp_path / "run").exists()
+
+
+def test_damage_in_a_finished_phase_does_not_stop_a_later_one(corpus, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for file in out.glob("phase-1/step-*/model.safetensors"):
+        file.write_bytes(b"gone")
+    shutil.rmtree(out / "phase-2/step-3")
+    assert main(command(corpus, out, *PHASES, "--resume")) == 0
+    weights = [(folder / "phase-2/step-3/model.safetensors").read_bytes() for folder in (whole, out)]
+    assert weights[0] == weights[1]
+
+
+def test_another_preset_is_refused_in_a_later_phase_too(corpus, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "phase-2/step-3")
+    assert main(command(corpus, out, *PHASES, "--resume", "--model", "bert-mini")) == 2
+    assert "was started with preset='bert-tiny', now it is 'bert-mini'" in capsys.readouterr().err
+
+
+def test_steps_and_minutes_together_are_refused_with_phases_too(corpus, tmp_path, capsys):
+    assert main(command(corpus, tmp_path / "run", *PHASES, "--steps", "4", "--minutes", "1")) == 2
+    assert "steps=4 and minutes=1.0: give one of the two" in capsys.readouterr().err

@@ -162,3 +162,10 @@ def test_a_batch_is_split_by_sequences_that_keep_all_that_is_theirs(count):
 def test_a_batch_without_targets_or_sequences_is_split_too():
     assert [piece.input_ids.tolist() for piece in pack([[5, 6], [7]]).split(2)] == [[5, 6], [7]]
     assert [piece.num_tokens for piece in pack([]).split(4)] == [0]
+
+
+def test_a_batch_whose_labels_are_of_groups_is_not_split():
+    batch = pack([[1], [2], [3], [4]], labels=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="the labels are of groups of sequences"):
+        batch.split(2)
+    assert batch.split(1) == [batch]

@@ -263,3 +263,9 @@ def test_a_resumed_run_may_begin_to_compute_blocks_again(tmp_path):
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (tmp_path / "whole/step-6" / name).read_bytes() == (tmp_path / "cut/step-6" / name).read_bytes()
+
+
+def test_a_run_that_died_of_memory_may_go_on_in_pieces(tmp_path):
+    with pytest.raises(Crash):
+        run(tmp_path, data=Stream(before=crash_at(25)), config=make_config(steps=6))
+    assert run(tmp_path, config=make_config(steps=6, split_on_oom=True), resume=True)[1].step == 6

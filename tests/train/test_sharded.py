@@ -1,6 +1,7 @@
 """A model of which each of several processes has a share, over gloo: `parallel="fsdp"`."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -97,6 +98,14 @@ def test_two_processes_resumed_equal_two_that_never_stopped(tmp_path, optimizer)
     assert (whole / "trainer.json").read_bytes() == (cut / "trainer.json").read_bytes()
     train_shares(tmp_path / "one", **options)
     assert_runs_are_close(tmp_path / "one", tmp_path / "whole")
+
+
+def test_an_optimizer_without_moments_resumes_too(tmp_path):
+    options = {"optimizer": "sgd", "beta1": 0.0}
+    together(2, lambda world: train_shares(tmp_path / "run", **options), tmp_path / "a")
+    shutil.rmtree(latest(tmp_path / "run"))
+    ends = together(2, lambda world: train_shares(tmp_path / "run", resume=True, **options), tmp_path / "b")
+    assert not any(hasattr(end, "kind") for end in ends) and latest(tmp_path / "run").name == "step-10"
 
 
 @pytest.mark.parametrize(
