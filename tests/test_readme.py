@@ -27,7 +27,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def console(text: str) -> list[str]:
-    return [line for block in blocks(text, "console") for line in block.splitlines()]
+    """The commands; one may go on in the next line, behind a backslash."""
+    return [line for block in blocks(text, "console") for line in re.sub(r"\\\n\s*", "", block).splitlines()]
 
 
 def minibert_commands(text: str) -> list[list[str]]:
