@@ -68,8 +68,18 @@ class Task:
 
     @classmethod
     def make(cls, options: Mapping[str, Any]) -> "Task":
-        """The task with these options; one it does not have is a ValueError that offers the nearest."""
+        """The task with these options.
+
+        Raises:
+            ValueError: one it does not have, with the nearest it has, or one that is no number where a number is due.
+        """
         refuse_unknown(options, cls, f"{cls.name} option")
+        for option in dataclasses.fields(cls):
+            value, default = options.get(option.name, option.default), option.default
+            if type(default) in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{option.name}={value!r} is not a number")
+            if isinstance(default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{option.name}={value!r} is not true or false")
         return cls(**options)
 
     @property

@@ -13,7 +13,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import BertForMultipleChoice
 from ..train import metrics
 from .base import Example, Task
-from .classification import check_length, softmax
+from .labels import check_length, softmax
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import BertForSequenceClassification
 from ..train import metrics
 from .base import Example, Task
+from .labels import check_length, class_of, label_names, pair_fields, read_again, softmax, texts_of
 
 # the names that published sets give their columns, tried in this order
 TEXTS = (("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("sentence",))
@@ -325,54 +326,3 @@ class Regression(Classification):
 
     def line(self, prediction):
         return f"{prediction['value']:.4f}\t{read_again(prediction)}"
-
-
-def label_names(labels: Sequence[str], where: str) -> tuple[str, ...]:
-    """The distinct labels, numbers in their order, else alphabetical.
-
-    Raises:
-        ValueError: fewer than two.
-    """
-    names = set(labels)
-    if len(names) < 2:
-        seen = f"every label is {names.pop()!r}" if names else "no example has a label"
-        raise ValueError(f"{where.rpartition(':')[0]}: {seen}: two classes are needed")
-    try:
-        return tuple(sorted(sorted(names), key=float))
-    except ValueError:
-        return tuple(sorted(names))
-
-
-def pair_fields(texts: Sequence[str], text_column: str | None, pair_column: str | None) -> dict[str, str]:
-    """The record of a text, or of a pair, under the names of its columns."""
-    if len(texts) > 2 or (len(texts) == 2 and text_column and not pair_column):
-        raise ValueError(f"the model reads {'one text' if text_column else 'a text or a pair'}, got {len(texts)} texts")
-    if len(texts) == 2 and not pair_column:
-        return dict(zip(("sentence1", "sentence2"), texts, strict=True))
-    return dict(zip((text_column or "text", pair_column), texts, strict=False))
-
-
-def class_of(example: Example, label: str, known: Mapping[str, int]) -> int:
-    if label not in known:
-        one_of(f"{example.where}: label", label, known)
-    return known[label]
-
-
-def check_length(ids: Sequence[int], limit: int, example: Example) -> Sequence[int]:
-    if len(ids) > limit:
-        raise ValueError(f"{example.where}: the text has {len(ids)} tokens, the model takes {limit}: use --truncate")
-    return ids
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    shares = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return shares / shares.sum(-1, keepdims=True)
-
-
-def texts_of(example: Example) -> dict[str, Any]:
-    """What a prediction repeats of its example."""
-    return dict(example.extra) | dict(zip(("text", "text_pair"), example.texts, strict=False))
-
-
-def read_again(prediction: Mapping[str, Any]) -> str:
-    return " | ".join(prediction[name] for name in ("text", "text_pair") if name in prediction)

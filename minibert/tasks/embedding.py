@@ -14,7 +14,8 @@ from ..model import BertForSentenceEmbedding
 from ..model.task_heads import PAIR_LOSSES, POOLINGS
 from ..train import metrics
 from .base import Example, Task, as_numpy
-from .classification import Regression, check_length, pair_fields, read_again, texts_of
+from .classification import Regression
+from .labels import check_length, pair_fields, read_again, texts_of
 
 NEAREST = 1024  # pairs whose first texts are compared with all second ones at once
 

@@ -14,7 +14,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import BertForRelationExtraction
 from ..train.spans import ratios
 from .base import Example, Task
-from .classification import class_of, label_names, softmax
+from .labels import class_of, label_names, softmax
 
 MARK = re.compile(r"</?e[12]>")
 SIGNS = ("$", "#")  # stand around the first and the second entity: pieces that most vocabularies have

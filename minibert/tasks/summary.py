@@ -15,7 +15,7 @@ from ..data.sentences import split_sentences
 from ..data.tokenizer import Tokenizer
 from ..model import BertForTokenClassification
 from .base import Example, Task, per_position
-from .classification import softmax
+from .labels import softmax
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 # the names that published sets give their columns, tried in this order

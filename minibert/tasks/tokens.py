@@ -18,7 +18,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import BertForJointClassification, BertForTokenClassification
 from ..train.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
 from .base import Example, Task, as_numpy, per_position
-from .classification import class_of, label_names, softmax
+from .labels import class_of, label_names, softmax
 
 # a Chinese character; letters, also with ' or - between them; or a sign
 WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:['’-][^\W\u3400-\u9fff]+)*|[^\w\s]")

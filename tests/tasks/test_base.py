@@ -168,3 +168,17 @@ def test_what_is_fitted_is_measured_and_kept(model):
         assert base.evaluate(task_of(model), model, TOKENIZER, whole) == fitted
     finally:
         model.config = before
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "message"),
+    [
+        ("multilabel", "threshold", "abc", "threshold='abc' is not a number"),
+        ("qa", "threshold", True, "threshold=True is not a number"),
+        ("summary", "sentences", "3", "sentences='3' is not a number"),
+        ("embedding", "normalize", 1, "normalize=1 is not true or false"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(name, option, value, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(name, **{option: value})

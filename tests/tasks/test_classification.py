@@ -10,8 +10,8 @@ from small import TOKENIZER, refused, small_config
 
 from minibert.data.records import Record
 from minibert.tasks import Example, make_task
-from minibert.tasks.classification import label_names, softmax
 from minibert.tasks.finetune import learnable
+from minibert.tasks.labels import label_names, softmax
 
 
 def read(name, fields, **options):
