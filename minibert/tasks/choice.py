@@ -63,7 +63,8 @@ class MultipleChoice(Task):
         for (number, choice), ids, types in zip(pairs, encoded.input_ids, encoded.token_type_ids, strict=True):
             example = examples[number]
             label = example.target if choice == 1 else None  # the first choice stands for its question
-            rows.append(Row(check_length(ids, limit, example), types, label=label, example=number))
+            check_length(len(ids), limit, example)
+            rows.append(Row(ids, types, label=label, example=number))
         return rows
 
     def scores(self, output, rows):

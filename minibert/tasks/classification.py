@@ -122,12 +122,12 @@ class Classification(Task):
             raise ValueError(f"{odd.where}: {len(odd.texts)} texts, {examples[0].where} has {len(examples[0].texts)}")
         texts = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
         encoded = tokenizer(*texts, truncation=self.truncate, max_length=limit if self.truncate else None)
-        rows = zip(encoded.input_ids, encoded.token_type_ids, strict=True)
-        known = config.label2id
-        return [
-            Row(check_length(ids, limit, example), types, label=self.label(example, known), example=number)
-            for number, (example, (ids, types)) in enumerate(zip(examples, rows, strict=True))
-        ]
+        known, rows = config.label2id, []
+        for number, example in enumerate(examples):
+            ids, types = encoded.input_ids[number], encoded.token_type_ids[number]
+            check_length(len(ids), limit, example)
+            rows.append(Row(ids, types, label=self.label(example, known), example=number))
+        return rows
 
     def label(self, example: Example, known: Mapping[str, int]) -> Any:
         """What the head learns from an example."""

@@ -87,7 +87,8 @@ class Embedding(Task):
         rows = []
         for (number, side), ids, types in zip(sides, encoded.input_ids, encoded.token_type_ids, strict=True):
             label = None if side else self.label(examples[number])  # the first text stands for the pair
-            rows.append(Row(check_length(ids, limit, examples[number]), types, label=label, example=number))
+            check_length(len(ids), limit, examples[number])
+            rows.append(Row(ids, types, label=label, example=number))
         return rows
 
     def label(self, example: Example) -> float | None:

@@ -40,10 +40,10 @@ def class_of(example: Example, label: str, known: Mapping[str, int]) -> int:
     return known[label]
 
 
-def check_length(ids: Sequence[int], limit: int, example: Example) -> Sequence[int]:
-    if len(ids) > limit:
-        raise ValueError(f"{example.where}: the text has {len(ids)} tokens, the model takes {limit}: use --truncate")
-    return ids
+def check_length(count: int, limit: int, example: Example) -> None:
+    """Refuse a row of more tokens than the model takes."""
+    if count > limit:
+        raise ValueError(f"{example.where}: the text has {count} tokens, the model takes {limit}: use --truncate")
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import BertForRelationExtraction
 from ..train.spans import ratios
 from .base import Example, Task
-from .labels import class_of, label_names, softmax
+from .labels import check_length, class_of, label_names, softmax
 
 MARK = re.compile(r"</?e[12]>")
 SIGNS = ("$", "#")  # stand around the first and the second entity: pieces that most vocabularies have
@@ -63,10 +63,8 @@ class Relation(Task):
             a, b = signs[::turn]
             inner = [a, *one, a, *between, b, *other, b]
             length, spare = len(before) + len(inner) + len(after) + 2, limit - 2 - len(inner)
-            if length > limit and not self.truncate:
-                raise ValueError(
-                    f"{example.where}: the text has {length} tokens, the model takes {limit}: use --truncate"
-                )
+            if not self.truncate:
+                check_length(length, limit, example)
             if spare < 0:
                 raise ValueError(
                     f"{example.where}: the entities and what is between them have {len(inner)} tokens, "

@@ -18,7 +18,7 @@ from ..data.tokenizer import Tokenizer
 from ..model import BertForJointClassification, BertForTokenClassification
 from ..train.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
 from .base import Example, Task, as_numpy, per_position
-from .labels import class_of, label_names, softmax
+from .labels import check_length, class_of, label_names, softmax
 
 # a Chinese character; letters, also with ' or - between them; or a sign
 WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:['’-][^\W\u3400-\u9fff]+)*|[^\w\s]")
@@ -89,10 +89,8 @@ class Tagging(Task):
             # a word of characters that are cleaned away still has its tag
             words = [next(pieces) or [tokenizer.unk_token_id] for _ in example.texts]
             firsts = np.cumsum([1, *map(len, words)])
-            if firsts[-1] + 1 > limit and not self.truncate:
-                raise ValueError(
-                    f"{example.where}: the text has {firsts[-1] + 1} tokens, the model takes {limit}: use --truncate"
-                )
+            if not self.truncate:
+                check_length(firsts[-1] + 1, limit, example)
             at = [first for first in firsts[:-1].tolist() if first < limit - 1]
             body = list(itertools.chain.from_iterable(words))[: limit - 2]
             tags = (self.tags(example) or ())[: len(at)]
