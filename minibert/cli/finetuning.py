@@ -81,7 +81,8 @@ from .sweeping import grid, report_runs
 RESULTS = "results.json"
 TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate split_on_oom ema patience
 dtype save_every keep_last log_every parallel seed device"""
-FITTING = "max_train batch_size epochs steps eval_every scratch reinit_layers backend allow_pickle resume"
+FITTING = """max_train batch_size group_by_length epochs steps eval_every scratch reinit_layers backend allow_pickle
+resume"""
 
 
 def finetune(
@@ -111,6 +112,9 @@ def finetune(
     epochs: Annotated[float, "passes over the training examples, where --steps is not given"] = 3,
     steps: Steps = None,
     batch_size: BatchSize = 32,
+    group_by_length: Annotated[
+        bool, "batches of texts of about one length: faster on a CPU, where attention pads"
+    ] = False,
     optimizer: Annotated[str, ", ".join(OPTIMIZERS)] = "adamw",
     lr: Lr = 5e-5,
     layer_decay: Annotated[

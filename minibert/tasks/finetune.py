@@ -29,6 +29,7 @@ def finetune(
     max_train: int | None = None,
     scratch: bool = False,
     reinit_layers: int = 0,
+    group_by_length: bool = False,
     backend: str = "auto",
     allow_pickle: bool = False,
     resume: bool = False,
@@ -45,6 +46,7 @@ def finetune(
         max_train: learn from so many examples, drawn by the seed; labels are known from all.
         scratch: take architecture and tokenizer of `init`, and draw new weights.
         reinit_layers: draw new weights for so many of the last layers, and for the pooler (Zhang et al., 2021).
+        group_by_length: batches of rows of about one length, see `RowData`.
         begin: called with the claimed directory and the model when everything fits, before the first step.
         training: other fields of `TrainConfig`.
     Raises:
@@ -67,7 +69,14 @@ def finetune(
     if task.together > 1 and training.get("split_on_oom"):
         raise ValueError(f"split_on_oom=True would part what belongs together in {task.name}: use a smaller batch_size")
     rows = learnable(encoded["train"], task.together)
-    data = RowData(rows, batch_size=batch_size, seed=seed, together=task.together, dtype=task.dtype)
+    data = RowData(
+        rows,
+        batch_size=batch_size,
+        seed=seed,
+        together=task.together,
+        dtype=task.dtype,
+        group_by_length=group_by_length,
+    )
     epoch = max(1, math.ceil(len(data) / batch_size / training.get("accumulate", 1)))
     config = TrainConfig(
         **training,
@@ -77,7 +86,7 @@ def finetune(
         best_mode=task.mode,
     )
     settings = {"task": task.kept(), "batch_size": batch_size, "backend": backend, "scratch": scratch}
-    settings["reinit_layers"] = reinit_layers
+    settings |= {"reinit_layers": reinit_layers, "group_by_length": group_by_length}
     settings["examples"] = {split: len(examples) for split, examples in parts.items()}
     settings["data"] = {split: rows_hash(part) for split, part in encoded.items()}
     check = lambda model, limit: numbers(evaluate(task, model, tokenizer, parts["valid"], fit=True))  # noqa: E731

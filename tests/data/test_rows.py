@@ -1,5 +1,6 @@
 """Rows are packed with what their heads read and learn, and drawn by counters."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,6 +90,36 @@ def test_rows_that_belong_together_stay_together():
         assert batch.labels.tolist() == [q % 3 for q in questions]
         seen += questions
     assert sorted(seen) == list(range(5)) and cursor == 5 == len(data)
+
+
+def test_grouping_by_length_gives_even_batches_in_a_shuffled_order_and_every_row_once_an_epoch():
+    lengths = np.random.default_rng(0).integers(1, 40, 1000)
+    rows = [Row([number] * size, [0] * size) for number, size in enumerate(lengths)]
+    data = RowData(rows, batch_size=4, seed=2, group_by_length=True)
+    again = RowData(rows, batch_size=4, seed=2, group_by_length=True)
+    epochs, cursor = [], 0
+    for _ in range(2):
+        batches = []
+        for _ in range(250):
+            batch, end = data.next_batch(cursor)
+            batches.append(batch)
+            if cursor % 7 == 0:  # from anywhere, whatever was drawn before
+                assert torch.equal(again.next_batch(cursor)[0].input_ids, batch.input_ids)
+            cursor = end
+        epochs.append(torch.cat([batch.input_ids[batch.cu_seqlens[:-1].long()] for batch in batches]))
+        longest = np.array([batch.max_seqlen for batch in batches])
+        assert sum(4 * batch.max_seqlen - batch.num_tokens for batch in batches) < 0.05 * lengths.sum()
+        assert (np.diff(longest[:64]) < 0).sum() > 20  # not from short to long
+    assert cursor == 2000 and not torch.equal(*epochs)
+    assert all(torch.equal(epoch.sort().values, torch.arange(1000)) for epoch in epochs)
+
+
+def test_grouping_by_length_keeps_what_belongs_together_and_the_smaller_batch_last():
+    data = RowData(units(), batch_size=2, seed=1, together=3, group_by_length=True)
+    batches = [data.next_batch(cursor)[0] for cursor in (0, 2, 4)]
+    assert [batch.num_sequences for batch in batches] == [6, 6, 3]
+    questions = [first // 10 for batch in batches for first in batch.input_ids[batch.cu_seqlens[:-1].long()].tolist()]
+    assert questions[::3] == questions[1::3] == questions[2::3] and sorted(questions[::3]) == list(range(5))
 
 
 def test_what_a_head_reads_is_shifted_to_where_the_row_lies():
