@@ -95,7 +95,9 @@ def test_what_is_saved_loads_bit_for_bit(tmp_path, kind, tie):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("slots", [{"norm": "rmsnorm", "ffn": "swiglu"}, {"ffn": "geglu"}])
+@pytest.mark.parametrize(
+    "slots", [{"norm": "rmsnorm", "ffn": "swiglu"}, {"ffn": "geglu"}, {"position": "rotary"}, {"position": "alibi"}]
+)
 def test_another_architecture_is_saved_under_its_own_model_type(tmp_path, slots):
     model = build(BertForMaskedLM, **slots)
     model.save_pretrained(tmp_path)

@@ -25,14 +25,13 @@ class Attention(nn.Module):
         batch = ctx.batch
         q, k, v = rearrange(self.qkv(x), "t (three h d) -> three t h d", three=3, h=self.num_heads)
         q, k = position.rotate(q, k, batch)
-        bias = position.score_bias(batch)
+        bias, slopes = position.score_bias(batch), position.slopes(batch)
+        seen = {"score_bias": bias, "alibi_slopes": slopes, "causal": self.causal}
         if maps is not None:
-            seen = {"score_bias": bias, "causal": self.causal}
             maps.append(attention_probs(q, k, batch.cu_seqlens, batch.max_seqlen, **seen))
         drop = ctx.drop(self.dropout, self.site)
         out = attention(
             q, k, v, batch.cu_seqlens, batch.max_seqlen,
-            **drop, seq_ids=batch.seq_ids, causal=self.causal, score_bias=bias, schedule=ctx.schedule,
-            backend=ctx.backend,
+            **drop, **seen, seq_ids=batch.seq_ids, schedule=ctx.schedule, backend=ctx.backend,
         )  # fmt: skip
         return self.out(rearrange(out, "t h d -> t (h d)"))

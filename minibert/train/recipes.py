@@ -39,12 +39,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         _batch(32768, 512) | {"steps": 1563, "lr": 4e-3, "warmup": 0.128},
     ]},
     # MosaicBERT (Portes et al., 2023). Its weight decay of 1e-5 is not multiplied by the rate: here, the same step at
-    # the peak. Deviates: learned positions for ALiBi; biases and norms do not decay; evaluates at 30 % masked, too.
+    # the peak. Deviates: ALiBi's slopes are one geometric sequence; biases and norms do not decay; evaluates at 30 %.
     "mosaic": _batch(4096, 128) | {
-        "model": "bert-base", "arch": {"ffn": "geglu", "attention_probs_dropout_prob": 0.0}, "vocab_size": 30522,
-        "objectives": ["mlm"], "mask_rate": 0.3, "steps": 70_000, "optimizer": "adamw", "lr": 5e-4, "beta2": 0.98,
-        "weight_decay": 1e-5 / 5e-4, "warmup": 0.06, "schedule": "linear", "final_lr": 0.02, "clip": None,
-        "dtype": "bfloat16", "save_every": 1000,
+        "model": "bert-base", "arch": {"ffn": "geglu", "position": "alibi", "attention_probs_dropout_prob": 0.0},
+        "vocab_size": 30522, "objectives": ["mlm"], "mask_rate": 0.3, "steps": 70_000, "optimizer": "adamw",
+        "lr": 5e-4, "beta2": 0.98, "weight_decay": 1e-5 / 5e-4, "warmup": 0.06, "schedule": "linear", "final_lr": 0.02,
+        "clip": None, "dtype": "bfloat16", "save_every": 1000,
     },
     # Geiping & Goldstein (2023), a day on one GPU. Deviates: post-norm, learned positions and biases; the rate rises
     # from 0 for three quarters of the time (there: from a quarter of its peak); bfloat16 for float16.
@@ -61,12 +61,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": "adamw", "lr": 1e-3, "beta2": 0.98, "weight_decay": 0.01, "warmup": 0.06, "schedule": "linear",
         "clip": None, "dtype": "bfloat16",
     },
-    # after ModernBERT (Warner et al., 2024) and NeoBERT (2025), with the parts there are. Deviates: post-norm, learned
-    # positions, biases, no local windows; AdamW without the update clipping of StableAdamW, weight decay as for mosaic;
-    # length 512 for 1,024; scaled from 1.7 T tokens to 52 G: 100,000 steps of half a million, warm-up 2 %, and the last
-    # 10 % for the decay.
+    # after ModernBERT (Warner et al., 2024) and NeoBERT (2025), with the parts there are. Deviates: post-norm, biases,
+    # no local windows; AdamW without the update clipping of StableAdamW, weight decay as for mosaic; length 512 for
+    # 1,024; scaled from 1.7 T tokens to 52 G: 100,000 steps of half a million, warm-up 2 %, and the last 10 % for the
+    # decay.
     "modern": _batch(1024, 512) | {
-        "model": "bert-base", "arch": _NO_DROPOUT | {"ffn": "geglu", "intermediate_size": 2048}, "vocab_size": 32768,
+        "model": "bert-base", "vocab_size": 32768,
+        "arch": _NO_DROPOUT | {"ffn": "geglu", "intermediate_size": 2048, "position": "rotary"},
         "objectives": ["mlm"], "mask_rate": 0.3, "steps": 100_000, "optimizer": "adamw", "lr": 8e-4, "beta2": 0.98,
         "weight_decay": 1e-5 / 8e-4, "warmup": 0.02, "schedule": "trapezoid", "decay": 0.1, "clip": 1.0,
         "dtype": "bfloat16", "save_every": 1000,

@@ -190,9 +190,9 @@ def test_ids_at_padding_may_be_anything():
 
 @pytest.mark.parametrize("ffn", FFNS)
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
-def test_every_combination_of_parts_trains(norm, ffn, act):
-    model = build(BertForPreTraining, train=True, norm=norm, ffn=ffn, hidden_act=act)
+@pytest.mark.parametrize(("act", "position"), [("gelu", "learned"), ("gelu_tanh", "rotary"), ("gelu", "alibi")])
+def test_every_combination_of_parts_trains(norm, ffn, act, position):
+    model = build(BertForPreTraining, train=True, norm=norm, ffn=ffn, hidden_act=act, position=position)
     batch = packed(padded())
     rows = torch.arange(0, batch.num_tokens, 3)
     batch = pack(
