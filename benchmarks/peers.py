@@ -21,6 +21,7 @@ from minibert import BertForPreTraining, BertModel, Tokenizer
 from minibert.batch import IGNORE, Batch, pack
 from minibert.config import BertConfig
 from minibert.hub import BIAS, DECODER_BIAS, hf_names
+from minibert.model import Output
 
 from .gate import Refused
 
@@ -313,3 +314,40 @@ def hf_collator(tokenizer, folder: Path):
     import transformers as hf
 
     return hf.DataCollatorForLanguageModeling(hf_tokenizer(tokenizer, folder), mlm_probability=0.15)
+
+
+class TransformersTask(nn.Module):
+    """transformers' BERT with the head of `ours`, a classifier or a joint one; packed batches in, packed logits out.
+
+    transformers has no joint model: its BertModel gets the two linear layers and the dropout of one.
+    """
+
+    def __init__(self, weights: Path, ours: nn.Module):
+        super().__init__()
+        place, drop = Place(weights=weights), ours.config.hidden_dropout_prob
+        self.joint = ours.objective == "BertForJointClassification"
+        if not self.joint and ours.objective != "BertForSequenceClassification":
+            raise Refused(f"transformers: no counterpart of {ours.objective} is written here")
+        self.model = hf_model("BertModel" if self.joint else ours.objective, place, "sdpa", dropout=drop)
+        if self.joint:
+            self.intents, self.slots = copy.deepcopy(ours.intent_classifier), copy.deepcopy(ours.classifier)
+            self.drop = nn.Dropout(drop)
+
+    def forward(self, batch: Batch) -> Output:
+        borders = batch.cu_seqlens.tolist()
+        inputs = padded([batch.input_ids[a:b].numpy() for a, b in zip(borders, borders[1:], strict=False)], "cpu")
+        if not self.joint:
+            return Output(logits=self.model(**inputs).logits)
+        found = self.model(**inputs)
+        states = masked_states(found, inputs)[batch.token_rows]
+        return Output(
+            logits=self.slots(self.drop(states)), sequence_logits=self.intents(self.drop(found.pooler_output))
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        output, cross_entropy = self(batch), nn.functional.cross_entropy
+        if not self.joint:
+            return cross_entropy(output.logits.float(), batch.labels)
+        return cross_entropy(output.sequence_logits.float(), batch.labels) + cross_entropy(
+            output.logits.float(), batch.token_labels
+        )

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 Norm = Literal["layernorm", "rmsnorm"]
 Ffn = Literal["mlp", "geglu", "swiglu"]
 Activation = Literal["gelu", "gelu_tanh"]
-Position = Literal["learned"]
+Position = Literal["learned", "rotary", "alibi"]
 Block = Literal["post"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 

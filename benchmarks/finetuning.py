@@ -1,0 +1,278 @@
+"""What fine-tuning reaches on published sets: one table, mean and standard deviation over seeds, beside no learning.
+
+Every line is `minibert finetune` with the flags it has here. What is done already is not made again, so that lines may
+be made one by one and put together at the end. Of some lines transformers trains the same model: from the same weights,
+on the same batches, at the same rates, with dropout bits of its own.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from minibert.batch import Batch
+from minibert.cli import main as minibert
+from minibert.cli.finetuning import chosen_task, read_parts
+from minibert.data.rows import RowData, in_order
+from minibert.data.sentences import split_sentences
+from minibert.data.text import read_documents
+from minibert.files import write_atomically
+from minibert.model import Output
+from minibert.tasks import Task, task_of
+from minibert.tasks.base import BATCH_TOKENS, Example, draw_examples, evaluate
+from minibert.tasks.finetune import new_model, numbers
+from minibert.train import TrainConfig
+from minibert.train.optim import adamw
+
+from . import peers
+
+LEADS = "leads.jsonl"  # made of articles, where the folder of sets has none
+BODY = range(8, 41)  # sentences of an article that is summarised
+TIMED = 12  # steps of each side
+
+
+@dataclass(frozen=True)
+class Line:
+    """data: below the folder of published sets. flags: of `minibert finetune`. metrics: of its runs.json."""
+
+    data: str
+    flags: str
+    metrics: tuple[str, ...]
+    theirs: bool = False
+
+
+LINES = {
+    "SST-2": Line("glue/SST-2", "--epochs 1 --lr 1e-4", ("valid accuracy", "valid f1")),
+    "SST-2, part": Line("glue/SST-2", "--max-train 10000 --epochs 2 --lr 1e-4", ("valid accuracy", "valid f1"), True),
+    "banking77": Line("banking77", "--epochs 4 --lr 3e-4", ("test accuracy", "test macro_f1")),
+    "CLINC150": Line(
+        "clinc150/data_full.json", "--task intent --epochs 3 --lr 3e-4", ("test accuracy", "test out_of_scope_auroc")
+    ),
+    "SNIPS": Line("snips", "--task joint --epochs 3 --lr 3e-4", ("test intent_accuracy", "test f1"), True),
+    "SemEval-2010 task 8": Line("semeval2010_task8", "--task relation --epochs 4 --lr 2e-4", ("test f1",)),
+    "CoLA": Line("glue/CoLA", "--epochs 3 --lr 1e-4", ("valid accuracy", "valid mcc")),
+    "RTE": Line("glue/RTE", "--epochs 3 --lr 1e-4 --max-length 160 --truncate", ("valid accuracy",)),
+    "STS-B": Line("glue/STS-B", "--task embedding --epochs 1 --lr 2e-5", ("valid spearman", "valid pearson")),
+    "SQuAD, by article": Line(
+        "squad/dev-v1.1.rebuilt.json",
+        "--task qa --epochs 2 --lr 3e-4 --max-train 3000 --valid-fraction 0.2 --max-length 192 --option.stride 64",
+        ("valid f1", "valid exact_match"),
+    ),
+    "Wikipedia leads": Line(
+        LEADS, "--task summary --epochs 2 --lr 2e-4 --truncate", ("valid rouge1", "valid rouge2", "valid rougeL")
+    ),
+}  # fmt: skip
+
+
+def folder_of(out: Path, name: str) -> Path:
+    return out / "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def write_leads(corpus: Path, file: Path, count: int = 1200) -> None:
+    """Articles as documents to summarise: the first paragraph is the summary of the sentences after it."""
+    lines = []
+    for number, (_, lead, *body) in enumerate(read_documents(corpus)):
+        sentences = [sentence for paragraph in body for sentence in split_sentences(paragraph)][: BODY[-1]]
+        if len(lead) > 200 and len(sentences) in BODY:
+            lines.append(json.dumps({"id": number, "sentences": sentences, "summary": lead}))
+    write_atomically(file, "\n".join(lines[:count]) + "\n")
+
+
+def ours(line: Line, folder: Path, data: Path, init: Path, seeds: int, dtype: str) -> None:
+    """`minibert finetune`, or nothing where that was done."""
+    flags = ["--data", str(data), "--init", str(init), "--out", str(folder), *line.flags.split(), "--dtype", dtype]
+    flags += ["--seeds", str(seeds), "--group-by-length", *(["--resume"] if folder.exists() else [])]
+    if not (folder / "runs.json").exists() and minibert(["finetune", *flags]):
+        sys.exit(f"benchmarks: error: {' '.join(flags)} did not end well")
+
+
+@dataclass
+class Trained:
+    """One run of a line: its options, the task, its examples, and the network before the first step."""
+
+    options: dict[str, Any]
+    task: Task
+    parts: dict[str, list[Example]]
+    network: nn.Module
+    tokenizer: Any
+
+    @classmethod
+    def again(cls, run: Path) -> "Trained":
+        """As `minibert finetune` has made them from this run's config.yaml."""
+        options = yaml.safe_load((run / "config.yaml").read_text())
+        task = chosen_task(options)
+        parts = read_parts(task, options)
+        everything = [example for examples in parts.values() for example in examples]
+        parts["train"] = draw_examples(parts["train"], options["max_train"], options["seed"])
+        task = task.prepared(parts["train"])
+        network, tokenizer = new_model(task, everything, options["init"], options["seed"], False, "auto", False)
+        return cls(options, task_of(network), parts, network, tokenizer)
+
+    def data(self) -> RowData:
+        rows = self.task.encode(self.tokenizer, self.parts["train"], self.network.config)
+        chosen = {name: self.options[name] for name in ("batch_size", "seed", "group_by_length")}
+        return RowData(rows, together=self.task.together, dtype=self.task.dtype, **chosen)
+
+
+def without_learning(run: Path, metrics: Sequence[str]) -> dict[str, float]:
+    """The commonest label of the training set, the first sentences, or the head before its first step."""
+    it = Trained.again(run)
+    split = metrics[0].split()[0]
+    if it.task.name == "summary":
+        found = numbers(evaluate(it.task, it.network, it.tokenizer, it.parts[split]))
+        return {metric: found[f"lead_{metric.split()[1]}"] for metric in metrics}
+    if it.task.name == "classification":
+        label = Counter(example.target for example in it.parts["train"]).most_common(1)[0][0]
+        return {metrics[0]: mean(example.target == label for example in it.parts[split])}
+    if it.task.name not in ("qa", "embedding"):
+        return {}
+    found = numbers(evaluate(it.task, it.network.eval(), it.tokenizer, it.parts[split]))
+    return {metric: found[metric.split()[1]] for metric in metrics}
+
+
+def theirs(run: Path) -> dict[str, Any]:
+    """transformers' model in the place of ours: what it reaches, by split, and its and our time a step."""
+    it = Trained.again(run)
+    data, options = it.data(), it.options
+    epoch = -(-len(data) // options["batch_size"])
+    steps = max(1, round(options["epochs"] * epoch))
+    names = ("lr", "warmup", "schedule", "weight_decay", "clip")
+    config = TrainConfig(steps=steps, **{name: options[name] for name in names})
+    with tempfile.TemporaryDirectory() as folder:
+        it.network.save_pretrained(folder, it.tokenizer)
+        model = peers.TransformersTask(Path(folder), it.network)
+    step = stepper(model, model.loss, config, options["dtype"])
+    best, cursor = {}, 0
+    for number in range(steps):
+        batch, cursor = data.next_batch(cursor)
+        step(batch, number)
+        if (number + 1) % (options["eval_every"] or epoch) == 0 or number + 1 == steps:
+            found = measured(it, model, "valid")
+            if not best or found[it.task.metric] > best["valid"][it.task.metric]:
+                best = {split: measured(it, model, split) for split in it.parts if split != "train"}
+    return best
+
+
+def stepper(model: nn.Module, loss: Callable[[Batch], torch.Tensor], config: TrainConfig, dtype: str):
+    """A training step as in `minibert.train`: the same groups, rates and clipping."""
+    optimizer = adamw(model.train(), config.lr, config.weight_decay)
+
+    def step(batch: Batch, number: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate(config.progress(number, 0.0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            value = loss(batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@torch.no_grad()
+def measured(it: Trained, model: nn.Module, split: str) -> dict[str, float]:
+    """What our task measures of their scores."""
+    examples, config = it.parts[split], it.network.config
+    rows, scores = it.task.encode(it.tokenizer, examples, config), {}
+    model.eval()
+    for chosen, batch in in_order(rows, BATCH_TOKENS):
+        output: Output = model(batch)
+        scores |= zip(chosen, it.task.scores(output, [rows[i] for i in chosen]), strict=True)
+    model.train()
+    predictions = list(it.task.predict(examples, rows, [scores[i] for i in range(len(rows))], config))
+    return numbers(it.task.measure(examples, predictions, config))
+
+
+def step_times(run: Path) -> dict[str, float]:
+    """Seconds of a training step, ours and theirs in turn on the same batches: medians, and of the ratio."""
+    it = Trained.again(run)
+    config = TrainConfig(steps=1000, lr=it.options["lr"])
+    with tempfile.TemporaryDirectory() as folder:
+        it.network.save_pretrained(folder, it.tokenizer)
+        model = peers.TransformersTask(Path(folder), it.network)
+    sides = {
+        "ours": stepper(it.network, lambda batch: it.network(batch).loss, config, it.options["dtype"]),
+        "theirs": stepper(model, model.loss, config, it.options["dtype"]),
+    }
+    data, cursor, taken = it.data(), 0, {side: [] for side in sides}
+    for number in range(TIMED + 2):
+        batch, cursor = data.next_batch(cursor)
+        for side, step in sides.items():
+            start = time.perf_counter()
+            step(batch, number)
+            taken[side].append(time.perf_counter() - start)
+    taken = {side: times[2:] for side, times in taken.items()}  # without what the first steps make ready
+    ratio = median(b / a for a, b in zip(taken["ours"], taken["theirs"], strict=True))
+    return {side: median(times) for side, times in taken.items()} | {"ratio": ratio}
+
+
+def finetuning(
+    data: Path, out: Path, init: Path, *, corpus: Path | None, only: Sequence[str], seeds: int, dtype: str,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of the table: the lines of which there is data, those of `only` first made where they are not there."""
+    rows = []
+    for name, line in LINES.items():
+        folder, source = folder_of(out, name), data / line.data
+        if only and name not in only and not (folder / "runs.json").exists():
+            continue
+        if line.data == LEADS:
+            source = out / LEADS
+            if corpus is None and not source.exists():
+                say(f"{name}: left out: no --corpus to take articles from")
+                continue
+            if not source.exists():
+                write_leads(corpus, source)
+        say(f"{name}: {line.flags}")
+        ours(line, folder, source, init, seeds, dtype)
+        rows.append(row_of(name, line, folder))
+    return rows
+
+
+def row_of(name: str, line: Line, folder: Path) -> dict[str, Any]:
+    """What is known of a line: its command, numbers, minutes; computed once, and kept beside its runs."""
+    [cell] = json.loads((folder / "runs.json").read_text())["cells"]
+    runs = [folder / run for run in cell["runs"]]
+    record = json.loads((runs[0] / "run.json").read_text())
+    kept = folder / "beside.json"
+    beside = json.loads(kept.read_text()) if kept.exists() else {}
+    if "without" not in beside:
+        beside["without"] = without_learning(runs[0], line.metrics)
+    if line.theirs and "theirs" not in beside:
+        beside["theirs"] = [theirs(run) for run in runs]
+        beside["step"] = step_times(runs[0])
+    write_atomically(kept, json.dumps(beside, indent=1) + "\n")
+    row = {
+        "suite": "finetune", "case": name, "provider": "minibert", "flags": line.flags, "runs": len(runs),
+        "examples": cell["examples"], "minutes": mean(minutes(run) for run in runs),
+        "threads": record["machine"]["threads"], "versions": record["versions"], "commit": record["git"]["commit"],
+        "numbers": {metric: cell["numbers"][metric] for metric in line.metrics}, "without": beside["without"],
+    }  # fmt: skip
+    if "theirs" in beside:
+        row["step"] = beside["step"]
+        row["theirs"] = {metric: spread([of(run, metric) for run in beside["theirs"]]) for metric in line.metrics}
+    return row
+
+
+def of(found: dict[str, dict[str, float]], metric: str) -> float:
+    split, name = metric.split()
+    return found[split][name]
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None}
+
+
+def minutes(run: Path) -> float:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] / 60
