@@ -58,14 +58,14 @@ LINES = {
     "CLINC150": Line(
         "clinc150/data_full.json", "--task intent --epochs 3 --lr 3e-4", ("test accuracy", "test out_of_scope_auroc")
     ),
-    "SNIPS": Line("snips", "--task joint --epochs 3 --lr 3e-4", ("test intent_accuracy", "test f1"), True),
-    "SemEval-2010 task 8": Line("semeval2010_task8", "--task relation --epochs 4 --lr 2e-4", ("test f1",)),
+    "SNIPS": Line("snips", "--task joint --epochs 2 --lr 3e-4", ("test intent_accuracy", "test f1"), True),
+    "SemEval-2010 task 8": Line("semeval2010_task8", "--task relation --epochs 4 --lr 3e-4", ("test f1",)),
     "CoLA": Line("glue/CoLA", "--epochs 3 --lr 1e-4", ("valid accuracy", "valid mcc")),
     "RTE": Line("glue/RTE", "--epochs 3 --lr 1e-4 --max-length 160 --truncate", ("valid accuracy",)),
     "STS-B": Line("glue/STS-B", "--task embedding --epochs 1 --lr 2e-5", ("valid spearman", "valid pearson")),
     "SQuAD, by article": Line(
         "squad/dev-v1.1.rebuilt.json",
-        "--task qa --epochs 2 --lr 3e-4 --max-train 3000 --valid-fraction 0.2 --max-length 192 --option.stride 64",
+        "--task qa --epochs 2 --lr 3e-4 --max-train 2500 --valid-fraction 0.2 --max-length 192 --option.stride 64",
         ("valid f1", "valid exact_match"),
     ),
     "Wikipedia leads": Line(
@@ -78,7 +78,7 @@ def folder_of(out: Path, name: str) -> Path:
     return out / "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def write_leads(corpus: Path, file: Path, count: int = 1200) -> None:
+def write_leads(corpus: Path, file: Path, count: int = 800) -> None:
     """Articles as documents to summarise: the first paragraph is the summary of the sentences after it."""
     lines = []
     for number, (_, lead, *body) in enumerate(read_documents(corpus)):
