@@ -26,7 +26,7 @@ from minibert.config import PRESETS, BertConfig
 from minibert.files import write_atomically
 from minibert_kernels.dispatch import BACKENDS
 
-from . import cases, data, gpu, inference, kernels, lengths, measure, peers, report, scaling, training
+from . import cases, data, finetuning, gpu, inference, kernels, lengths, measure, peers, report, scaling, training
 
 MODEL_SUITES = {"infer": (inference, BertModel), "train": (training, BertForPreTraining)}
 SUITES = ("kernels", *MODEL_SUITES, "data", "scaling", "all")
@@ -93,6 +93,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--dry-run", action="store_true", help="on the CPU, at toy size, kernels in the interpreter")
     verb.add_argument("--minutes", type=float, default=9)
     verb.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results (default runs/gpu)")
+    verb = verbs.add_parser("finetune", help="what fine-tuning reaches on published sets, lines that are not there yet")
+    verb.add_argument("--data", type=Path, required=True, help="folder of the sets, as finetuning.LINES names them")
+    verb.add_argument("--init", type=Path, required=True, help="folder of the pretrained weights")
+    verb.add_argument("--corpus", type=Path, help="articles whose first paragraphs are to be summaries")
+    verb.add_argument("--only", nargs="+", default=(), choices=finetuning.LINES, metavar="NAME", help="of these sets")
+    verb.add_argument("--seeds", type=positive, default=3)
+    verb.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    verb.add_argument("--runs", type=Path, default=Path("runs/tasks"), help="folder for the runs (default runs/tasks)")
+    verb.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the record")
     verb = verbs.add_parser("report")
     verb.add_argument("records", nargs="+", type=Path)
     verb.add_argument("--html", type=Path, help="write the page here")
@@ -160,6 +169,22 @@ def run(args) -> dict:
     return record
 
 
+def tasks(args) -> None:
+    """The table of finetuning.py, and its record."""
+    if args.seeds < 2:
+        fail(f"--seeds {args.seeds}: a standard deviation needs two")
+    for folder in (args.runs, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    options = {"only": args.only, "seeds": args.seeds, "dtype": args.dtype}
+    rows = list(finetuning.results(args.data, args.runs, args.init, corpus=args.corpus, **options))
+    if not rows:
+        fail(f"--data {args.data} has none of the sets")
+    record = {"machine": measure.machine(), "options": options, "peaks": {}, "rows": rows}
+    file = args.out / f"{measure.place_and_date(record['machine'])}-finetune.json"
+    write_atomically(file, json.dumps(record, indent=1) + "\n")
+    print(finetuning.table(rows), file, sep="\n")
+
+
 # options that a row of a suite repeats, because two rows that differ in them are not to be compared
 TOLD = {
     "kernels": ("device", "backend", "tokens"), "data": (), "scaling": ("device", "backend", "model"),
@@ -225,6 +250,9 @@ def main(argv: list[str] | None = None) -> int:
             fail("gpu needs a CUDA device: there is none (--dry-run runs on a CPU)")
         results = gpu.run_all(args.out.resolve(), dry=args.dry_run, minutes=args.minutes)
         return 1 if any(result["outcome"] != "ok" for result in results) else 0
+    if args.verb == "finetune":
+        tasks(args)
+        return 0
     if args.verb != "report":
         run(args)
         return 0

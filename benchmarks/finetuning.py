@@ -10,19 +10,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 from minibert.batch import Batch
-from minibert.cli import main as minibert
-from minibert.cli.finetuning import chosen_task, read_parts
 from minibert.data.rows import RowData, in_order
 from minibert.data.sentences import split_sentences
 from minibert.data.text import read_documents
@@ -81,7 +78,7 @@ def folder_of(out: Path, name: str) -> Path:
 def write_leads(corpus: Path, file: Path, count: int = 800) -> None:
     """Articles as documents to summarise: the first paragraph is the summary of the sentences after it."""
     lines = []
-    for number, (_, lead, *body) in enumerate(read_documents(corpus)):
+    for number, (lead, *body) in enumerate(read_documents(corpus)):
         sentences = [sentence for paragraph in body for sentence in split_sentences(paragraph)][: BODY[-1]]
         if len(lead) > 200 and len(sentences) in BODY:
             lines.append(json.dumps({"id": number, "sentences": sentences, "summary": lead}))
@@ -90,6 +87,8 @@ def write_leads(corpus: Path, file: Path, count: int = 800) -> None:
 
 def ours(line: Line, folder: Path, data: Path, init: Path, seeds: int, dtype: str) -> None:
     """`minibert finetune`, or nothing where that was done."""
+    from minibert.cli import main as minibert  # its packages may be missing where kernels are timed
+
     flags = ["--data", str(data), "--init", str(init), "--out", str(folder), *line.flags.split(), "--dtype", dtype]
     flags += ["--seeds", str(seeds), "--group-by-length", *(["--resume"] if folder.exists() else [])]
     if not (folder / "runs.json").exists() and minibert(["finetune", *flags]):
@@ -109,6 +108,10 @@ class Trained:
     @classmethod
     def again(cls, run: Path) -> "Trained":
         """As `minibert finetune` has made them from this run's config.yaml."""
+        import yaml
+
+        from minibert.cli.finetuning import chosen_task, read_parts
+
         options = yaml.safe_load((run / "config.yaml").read_text())
         task = chosen_task(options)
         parts = read_parts(task, options)
@@ -124,9 +127,9 @@ class Trained:
         return RowData(rows, together=self.task.together, dtype=self.task.dtype, **chosen)
 
 
-def without_learning(run: Path, metrics: Sequence[str]) -> dict[str, float]:
+def without_learning(run: Path, line: Line) -> dict[str, float]:
     """The commonest label of the training set, the first sentences, or the head before its first step."""
-    it = Trained.again(run)
+    it, metrics = Trained.again(run), line.metrics
     split = metrics[0].split()[0]
     if it.task.name == "summary":
         found = numbers(evaluate(it.task, it.network, it.tokenizer, it.parts[split]))
@@ -140,8 +143,8 @@ def without_learning(run: Path, metrics: Sequence[str]) -> dict[str, float]:
     return {metric: found[metric.split()[1]] for metric in metrics}
 
 
-def theirs(run: Path) -> dict[str, Any]:
-    """transformers' model in the place of ours: what it reaches, by split, and its and our time a step."""
+def theirs(run: Path, line: Line) -> dict[str, Any]:
+    """transformers' model in the place of ours: what its best checkpoint reaches, by split."""
     it = Trained.again(run)
     data, options = it.data(), it.options
     epoch = -(-len(data) // options["batch_size"])
@@ -194,7 +197,7 @@ def measured(it: Trained, model: nn.Module, split: str) -> dict[str, float]:
     return numbers(it.task.measure(examples, predictions, config))
 
 
-def step_times(run: Path) -> dict[str, float]:
+def step_times(run: Path, line: Line) -> dict[str, float]:
     """Seconds of a training step, ours and theirs in turn on the same batches: medians, and of the ratio."""
     it = Trained.again(run)
     config = TrainConfig(steps=1000, lr=it.options["lr"])
@@ -217,51 +220,45 @@ def step_times(run: Path) -> dict[str, float]:
     return {side: median(times) for side, times in taken.items()} | {"ratio": ratio}
 
 
-def finetuning(
-    data: Path, out: Path, init: Path, *, corpus: Path | None, only: Sequence[str], seeds: int, dtype: str,
-    say: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The rows of the table: the lines of which there is data, those of `only` first made where they are not there."""
-    rows = []
+def results(
+    data: Path, out: Path, init: Path, *, corpus: Path | None, only: Sequence[str], seeds: int, dtype: str
+) -> Iterator[dict[str, Any]]:
+    """The rows of the table: lines that are in `out`, and those of `only`, or all, which are made first."""
     for name, line in LINES.items():
         folder, source = folder_of(out, name), data / line.data
-        if only and name not in only and not (folder / "runs.json").exists():
-            continue
         if line.data == LEADS:
             source = out / LEADS
-            if corpus is None and not source.exists():
-                say(f"{name}: left out: no --corpus to take articles from")
-                continue
-            if not source.exists():
+            if corpus is not None and not source.exists():
                 write_leads(corpus, source)
-        say(f"{name}: {line.flags}")
+        made = (folder / "runs.json").exists()
+        if not made and only and name not in only:
+            continue
+        if not made and not source.exists():
+            print(f"{name}: left out: there is no {source}", file=sys.stderr)
+            continue
         ours(line, folder, source, init, seeds, dtype)
-        rows.append(row_of(name, line, folder))
-    return rows
+        yield row_of(name, line, folder)
 
 
 def row_of(name: str, line: Line, folder: Path) -> dict[str, Any]:
-    """What is known of a line: its command, numbers, minutes; computed once, and kept beside its runs."""
+    """What is known of a line. What stands beside our numbers is computed once, and kept beside the runs."""
     [cell] = json.loads((folder / "runs.json").read_text())["cells"]
-    runs = [folder / run for run in cell["runs"]]
+    runs, kept = [folder / run for run in cell["runs"]], folder / "beside.json"
     record = json.loads((runs[0] / "run.json").read_text())
-    kept = folder / "beside.json"
     beside = json.loads(kept.read_text()) if kept.exists() else {}
-    if "without" not in beside:
-        beside["without"] = without_learning(runs[0], line.metrics)
-    if line.theirs and "theirs" not in beside:
-        beside["theirs"] = [theirs(run) for run in runs]
-        beside["step"] = step_times(runs[0])
-    write_atomically(kept, json.dumps(beside, indent=1) + "\n")
+    for part, make in (("without", without_learning), ("theirs", theirs), ("step", step_times)):
+        if part not in beside and (line.theirs or part == "without"):
+            beside[part] = [make(run, line) for run in (runs if part == "theirs" else runs[:1])]
+            write_atomically(kept, json.dumps(beside, indent=1) + "\n")
     row = {
         "suite": "finetune", "case": name, "provider": "minibert", "flags": line.flags, "runs": len(runs),
         "examples": cell["examples"], "minutes": mean(minutes(run) for run in runs),
-        "threads": record["machine"]["threads"], "versions": record["versions"], "commit": record["git"]["commit"],
-        "numbers": {metric: cell["numbers"][metric] for metric in line.metrics}, "without": beside["without"],
+        "threads": record["machine"]["threads"], "dtype": record["config"]["dtype"], "commit": record["git"]["commit"],
+        "numbers": {metric: cell["numbers"][metric] for metric in line.metrics}, "without": beside["without"][0],
     }  # fmt: skip
-    if "theirs" in beside:
-        row["step"] = beside["step"]
-        row["theirs"] = {metric: spread([of(run, metric) for run in beside["theirs"]]) for metric in line.metrics}
+    if line.theirs:
+        found = {metric: [of(run, metric) for run in beside["theirs"]] for metric in line.metrics}
+        row |= {"step": beside["step"][0], "theirs": {metric: spread(values) for metric, values in found.items()}}
     return row
 
 
@@ -276,3 +273,29 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 def minutes(run: Path) -> float:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] / 60
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line a set, and below it one a set that transformers learned, too."""
+    lines = ["| set | `minibert finetune` with | examples | minutes | reached | without learning |", "|---" * 6 + "|"]
+    for row in rows:
+        reached = [f"{metric} **{shown(number)}**" for metric, number in row["numbers"].items()]
+        without = [f"{number:.3f}" for number in row["without"].values()]
+        lines.append(
+            f"| {row['case']} | `{row['flags']}` | {row['examples']:,} | {row['minutes']:.1f} | {', '.join(reached)} | "
+            f"{', '.join(without) or '–'} |"
+        )
+    both = [row for row in rows if "theirs" in row]
+    if both:
+        lines += ["", "| set | metric | minibert | transformers | a step takes them |", "|---" * 5 + "|"]
+        lines += [
+            f"| {row['case']} | {metric} | {shown(number)} | {shown(row['theirs'][metric])} | "
+            f"{row['step']['ratio']:.2f} × our time |"
+            for row in both
+            for metric, number in row["numbers"].items()
+        ]
+    return "\n".join(lines)
+
+
+def shown(number: dict[str, float | None]) -> str:
+    return f"{number['mean']:.3f}" + (f" ± {number['sd']:.3f}" if number["sd"] is not None else "")
