@@ -3,7 +3,7 @@
 import dataclasses
 import json as jsonlib
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
 from ..data.report import figure_class
+from ..data.spool import Spool
 from ..data.tokenizer import Tokenizer
 from ..files import open_atomically, write_atomically
 from ..hub import load_config
@@ -201,7 +202,7 @@ def chosen_task(options: dict[str, Any]) -> Task:
     return make_task(options["task"], **given | options["option"])
 
 
-def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
+def read_parts(task: Task, options: dict[str, Any]) -> dict[str, Sequence[Example]]:
     """Examples by split: train, valid, and test where there is one with labels."""
     if (options["data"] is None) == (not options["train"]):
         raise ValueError("give --data or --train, one of the two")
@@ -209,7 +210,7 @@ def read_parts(task: Task, options: dict[str, Any]) -> dict[str, list[Example]]:
     sources |= {split: part_of(options[split], split) for split in ("train", "valid", "test") if options[split]}
     bad, parts = BadRecords(options["on_bad_record"]), {}
     for split, source in sources.items():
-        examples = list(read_examples(task, source.records(bad), bad))
+        examples = Spool(read_examples(task, source.records(bad), bad))
         if split == "test" and not options["test"] and examples and examples[0].target is None:
             say(f"{source.paths[0]}: it has no labels: left out")
             continue
@@ -239,7 +240,7 @@ def part_of(paths: list[str], *wanted: str) -> Source:
     return found[split]
 
 
-def check_labelled(examples: list[Example], source: Source) -> None:
+def check_labelled(examples: Sequence[Example], source: Source) -> None:
     if not examples:
         raise ValueError(f"{source.paths[0]}: it holds no records")
     bare = next((example for example in examples if example.target is None), None)
@@ -247,7 +248,7 @@ def check_labelled(examples: list[Example], source: Source) -> None:
         raise ValueError(f"{bare.where}: it has no label: name its column with --label-column")
 
 
-def report_best(out: Path, parts: dict[str, list[Example]], options: dict[str, Any]) -> dict[str, dict]:
+def report_best(out: Path, parts: dict[str, Sequence[Example]], options: dict[str, Any]) -> dict[str, dict]:
     """Print and keep what the best checkpoint reaches on the held-out examples, and on the test set.
 
     A run that was done already when it was resumed has kept it.

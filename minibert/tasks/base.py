@@ -5,6 +5,7 @@ A task is one file and one line of the table `TASKS`. Nothing here knows any of 
 
 import dataclasses
 import itertools
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from ..batch import Batch
 from ..config import BertConfig, refuse_unknown
 from ..data.records import Record, refuse
 from ..data.rows import Row, in_order
+from ..data.spool import take
 from ..data.tokenizer import Tokenizer
 from ..model import Output
 
@@ -237,32 +239,38 @@ def evaluate(
     return task.measure(examples, predictions, model.config)
 
 
-def split_examples(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_examples(
+    examples: Sequence[Example], fraction: float, seed: int
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Two disjoint parts, the second with `fraction` of every label's examples; a pure function of the seed.
 
     Each label that has two examples has one in both parts; a single one stays in the first. Where examples have a
     group, or nearly as many targets as there are examples, whole groups are drawn instead.
     """
-    units: dict[Any, list[int]] = {}
+    groups: dict[str, int] = {}
+    targets: dict[str, int] = {}
+    unit_of, first, kind = array("q"), array("q"), array("q")  # of an example; of a unit, which is drawn as a whole
     for index, example in enumerate(examples):
-        units.setdefault(index if example.group is None else example.group, []).append(index)
-    kinds: dict[Any, list[list[int]]] = {}
-    for unit in units.values():
-        target = examples[unit[0]].target
-        kinds.setdefault(target if len(unit) == 1 and isinstance(target, str) else None, []).append(unit)
-    few = len(kinds) > len(examples) // 2  # as many labels as a regression target has: draw over all
-    held: set[int] = set()
-    for kind in [list(units.values())] if few else list(kinds.values()):
-        firsts = np.array([unit[0] for unit in kind], dtype=np.int64)
-        order = np.argsort(uniform(fold(seed, SPLIT), firsts), kind="stable")
-        chosen = order[: min(max(1, round(fraction * len(kind))), len(kind) - 1)]
-        held.update(index for i in chosen for index in kind[i])
-    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
+        unit = len(first) if example.group is None else groups.setdefault(example.group, len(first))
+        if unit == len(first):
+            first.append(index)
+            kind.append(targets.setdefault(example.target, len(targets)) if isinstance(example.target, str) else -1)
+        unit_of.append(unit)
+    units, firsts, kinds = (np.array(values, dtype=np.int64) for values in (unit_of, first, kind))
+    kinds[np.bincount(units, minlength=len(firsts)) > 1] = -1
+    if len(np.unique(kinds)) > len(examples) // 2:  # as many labels as a regression target has: draw over all
+        kinds[:] = -1
+    held = np.zeros(len(firsts), dtype=bool)
+    for one in np.unique(kinds):
+        chosen = np.flatnonzero(kinds == one)
+        order = np.argsort(uniform(fold(seed, SPLIT), firsts[chosen]), kind="stable")
+        held[chosen[order[: min(max(1, round(fraction * len(chosen))), len(chosen) - 1)]]] = True
+    return take(examples, np.flatnonzero(~held[units])), take(examples, np.flatnonzero(held[units]))
 
 
-def draw_examples(examples: Sequence[Example], count: int | None, seed: int) -> list[Example]:
+def draw_examples(examples: Sequence[Example], count: int | None, seed: int) -> Sequence[Example]:
     """`count` of them, in their order; all where None or fewer."""
     if count is None or count >= len(examples):
-        return list(examples)
+        return examples
     order = np.argsort(uniform(fold(seed, DRAW), np.arange(len(examples))), kind="stable")
-    return [examples[i] for i in sorted(order[:count])]
+    return take(examples, np.sort(order[:count]))

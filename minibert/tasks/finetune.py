@@ -1,19 +1,24 @@
 """From examples and pretrained weights to a run directory with the best checkpoint."""
 
+import dataclasses
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..config import BertConfig
 from ..data.rows import Row, RowData
+from ..data.spool import Joined, Spool, take
 from ..data.tokenizer import Tokenizer
 from ..train import Result, Run, TrainConfig, claim, resolve_model, train
 from . import task_of
-from .base import Example, Task, draw_examples, evaluate
+from .base import CHUNK, Example, Task, draw_examples, evaluate
 
 
 def finetune(
@@ -59,13 +64,13 @@ def finetune(
         if not parts.get(split):
             raise ValueError(f"parts has no examples called {split!r}: split_examples makes two parts of one")
     seed, init = training.get("seed", 0), resolve_model(init)
-    everything = [example for examples in parts.values() for example in examples]
+    everything = Joined(parts.values())
     parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
     task = task.prepared(parts["train"])
     network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
     reinitialise(network, reinit_layers, seed)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
-    encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}
+    encoded = {split: Spool(rows_of(task, tokenizer, part, network.config)) for split, part in parts.items()}
     if task.together > 1 and training.get("split_on_oom"):
         raise ValueError(f"split_on_oom=True would part what belongs together in {task.name}: use a smaller batch_size")
     rows = learnable(encoded["train"], task.together)
@@ -122,13 +127,22 @@ def reinitialise(network: nn.Module, layers: int, seed: int) -> None:
     network.load_state_dict(chosen, strict=False)
 
 
-def learnable(rows: Sequence[Row], together: int) -> list[Row]:
+def rows_of(task: Task, tokenizer: Tokenizer, examples: Iterable[Example], config: BertConfig) -> Iterator[Row]:
+    """The rows of examples, `CHUNK` of which are held at a time; without what a prediction needs."""
+    examples = iter(examples)
+    while held := list(itertools.islice(examples, CHUNK)):
+        for row in task.encode(tokenizer, held, config):
+            yield dataclasses.replace(row, example=0, extra=None)
+
+
+def learnable(rows: Sequence[Row], together: int) -> Sequence[Row]:
     """The rows of the units that teach something: in which there is a label, or tags."""
-    units = [rows[first : first + together] for first in range(0, len(rows), together)]
-    return [row for unit in units if any(one.label is not None or len(one.tags) for one in unit) for row in unit]
+    teaches = np.fromiter((row.label is not None or len(row.tags) > 0 for row in rows), bool, len(rows))
+    units = teaches.reshape(-1, together).any(1)
+    return rows if units.all() else take(rows, np.flatnonzero(units.repeat(together)))
 
 
-def rows_hash(rows: Sequence[Row]) -> str:
+def rows_hash(rows: Iterable[Row]) -> str:
     """SHA-256 of the rows: what a resumed run must find again."""
     digest = hashlib.sha256()
     for row in rows:
