@@ -24,7 +24,7 @@ STYLE = """
 svg { overflow: visible; margin: .5rem 1rem 2.5rem 3rem; font-size: 11px; fill: currentColor }
 .mistake { border-top: 1px solid var(--line); padding: .7rem 0 }
 .mistake p { margin: .15rem 0; overflow-wrap: anywhere } .mistake .text { white-space: pre-wrap }
-mark { color: inherit; background: rgb(220 110 20 / .25); border-radius: .2rem } mark small { padding-left: .3rem }
+mark { color: inherit; background: rgb(220 110 20 / .25); border-radius: .2rem } mark small { padding: 0 .3rem }
 """
 
 
@@ -47,7 +47,7 @@ def render_evaluation(
     verdicts = [verdict for pair in pairs for verdict in task.verdicts(*pair, config)]
     found = [(one, example) for example, p in pairs if (one := task.mistake(example, p, config)) is not None]
     found.sort(key=lambda pair: pair[0].severity, reverse=True)
-    about = (inspect.getdoc(task) or "").partition("\n\n")[0]
+    about = (inspect.getdoc(task) or "").partition("\n\n")[0].replace("`", "")
     parts = [f"<p>{safe(task.name)}, {len(examples):,} examples. {safe(about)}</p>", *tables(measured, task.metric)]
     return document(
         title, [*parts, confusion(verdicts, config), reliability(verdicts), *worst(found, len(pairs))], STYLE

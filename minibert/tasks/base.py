@@ -155,7 +155,7 @@ class Task:
     def predict(
         self, examples: Sequence[Example], rows: Sequence[Row], scores: Sequence[Any], config: BertConfig
     ) -> Iterator[dict[str, Any]]:
-        """One prediction an example; what is in it in JSON's types can be printed, NumPy arrays are for `measure`."""
+        """One prediction an example; what is of JSON's types can be printed, arrays are for `measure` and `mistake`."""
         raise NotImplementedError
 
     def measure(
