@@ -25,7 +25,7 @@ ALLOWED = {
     "train": BASE | {"minibert", "minibert_kernels"},
     "tasks": BASE | {"train"},
     "profile": BASE | {"minibert", "train"},
-    "explain": BASE - {"hub", "files", PHILOX} | {"tasks"},
+    "explain": BASE - {"hub", "files", PHILOX} | {"tasks", "train"},
     "demo": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "cli"},
     "cli": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "profile", "explain", "demo"},
 }

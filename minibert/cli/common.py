@@ -57,6 +57,12 @@ def refuse_filled(out) -> None:
         raise ValueError(f"--out {out} exists and is not empty: choose another")
 
 
+def refuse_taken(flag: str, file: str | None) -> None:
+    """A file that is to be written must be new, in a directory that exists."""
+    if file is not None and (Path(file).exists() or not Path(file).parent.is_dir()):
+        raise ValueError(f"--{flag} {file}: expected a new file in a directory that exists")
+
+
 def load(kind: type, source: Path, device: str, backend: str, allow_pickle: bool) -> torch.nn.Module:
     check_backend(backend, device)
     return kind.from_pretrained(source, backend=backend, allow_pickle=allow_pickle).to(device)

@@ -14,6 +14,7 @@ from ..data.records import Record, Source, find_splits
 from ..data.report import figure_class
 from ..data.spool import Spool
 from ..data.tokenizer import Tokenizer
+from ..explain import render_evaluation
 from ..files import open_atomically, write_atomically
 from ..hub import load_config
 from ..tasks import (
@@ -44,6 +45,7 @@ from .common import (
     pick,
     print_json,
     print_result,
+    refuse_taken,
     resolve_device,
     save_options,
     say,
@@ -280,6 +282,7 @@ def evaluate(
     backend: Backend = "auto",
     allow_pickle: Pickle = False,
     json: Json = False,
+    report: Annotated[str | None, "page to write, html: what a fine-tuned model reaches, its worst mistakes"] = None,
     objectives: Annotated[
         list[str], "of a pretrained model; by default clm of a causal one, else mlm, and nsp where there is its head"
     ] = [],  # noqa: B006
@@ -288,8 +291,11 @@ def evaluate(
 
     Example: minibert evaluate --model runs/reviews --data test.csv --json
     """
+    refuse_taken("report", report)
     source, device = resolve_model(model), resolve_device(device)
     tokenizer, kind = Tokenizer.from_pretrained(source), head_of(source, allow_pickle)
+    if kind is None and report is not None:
+        raise ValueError(f"{source} has no head of a task, whose mistakes --report would show: fine-tune it first")
     if kind is not None:
         network = load(kind, source, device, backend, allow_pickle)
         task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
@@ -298,13 +304,19 @@ def evaluate(
         examples = list(read_examples(task, labelled.records(bad), bad))
         bad.summary()
         check_labelled(examples, labelled)
-        result = measure(task, network, tokenizer, examples)
+        predictions = list(answer(task, network, tokenizer, examples, chunk=len(examples)))
+        result = task.measure(examples, predictions, network.config)
     else:
         network = load(language_model(load_config(source)), source, device, backend, allow_pickle)
         if any(name.startswith("mlm.") for name in network.new_parameters):
             raise ValueError(f"{source} has neither a task's head nor a masked-language-model head")
         result = evaluate_on_text(network, source, data, text_column or "text", seed, device, objectives)
     print_result(result, json)
+    if report is not None:
+        title = f"{model} on {', '.join(data)}"
+        page = render_evaluation(task, examples, predictions, result, network.config, title)
+        write_atomically(Path(report), page)
+        say(f"the page is {report}", markup=False)
 
 
 def evaluate_on_text(
@@ -348,8 +360,7 @@ def predict(
     """
     if bool(text) == bool(data):
         raise ValueError("give texts on the command line or --data, one of the two")
-    if out is not None and (Path(out).exists() or not Path(out).parent.is_dir()):
-        raise ValueError(f"--out {out}: expected a new file in a directory that exists")
+    refuse_taken("out", out)
     source = resolve_model(model)
     kind = head_of(source, allow_pickle)
     if kind is None:

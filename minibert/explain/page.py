@@ -7,6 +7,7 @@ from html import escape
 
 from torch import Tensor
 
+from ..data.records import NO_TEXT
 from .explanation import Explanation
 
 STYLE = """
@@ -81,14 +82,25 @@ def render(explanations: Sequence[Explanation], title: str) -> str:
 
     It grows with layers · heads · S² · 4/3 bytes: attention maps are kept to 1/255.
     """
+    return document(title, [f"<article>{''.join(article(one))}</article>" for one in explanations], script=SCRIPT)
+
+
+def document(title: str, parts: Sequence[str], style: str = "", script: str = "") -> str:
+    """A page that a browser shows without asking for anything else; `parts` are HTML, `title` is text."""
     head = [
         "<!doctype html>", "<html lang=en>", "<meta charset=utf-8>",
         f'<meta http-equiv=Content-Security-Policy content="{POLICY}">',
         "<meta name=viewport content='width=device-width'>", "<link rel=icon href='data:,'>",
-        f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", f"<h1>{escape(title)}</h1>",
+        f"<title>{safe(title)}</title>", f"<style>{STYLE}{style}</style>", f"<h1>{safe(title)}</h1>",
     ]  # fmt: skip
-    articles = [f"<article>{''.join(article(one))}</article>" for one in explanations]
-    return "\n".join([*head, *articles, f"<script>{SCRIPT}</script>\n"])
+    return "\n".join([*head, *parts, f"<script>{script}</script>\n" if script else ""])
+
+
+def safe(text: str, most: int | None = None) -> str:
+    """Any text as HTML: its middle left out where it is longer than `most` characters, what no text holds replaced."""
+    if most is not None and len(text) > most:
+        text = f"{text[: most // 2]} … {text[-(most // 2) :]}"
+    return escape(NO_TEXT.sub("\ufffd", text))
 
 
 def article(one: Explanation) -> list[str]:

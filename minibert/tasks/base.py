@@ -8,7 +8,7 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,29 @@ class Example:
     where: str = ""
     group: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Verdict(NamedTuple):
+    """A class that was said beside the one that is right; probability: how surely, None where none was said."""
+
+    right: str
+    said: str
+    probability: float | None = None
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is wrong about a prediction, in short texts for a person.
+
+    severity: the larger, the worse: the model was surer, or further off; ties go by the next number. how: it in words.
+    said, right: what differs. parts: what was read, in pieces, each with a note; one whose note is not "" is marked.
+    """
+
+    severity: tuple[float, ...]
+    how: str
+    said: str
+    right: str
+    parts: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +157,7 @@ class Task:
     def predict(
         self, examples: Sequence[Example], rows: Sequence[Row], scores: Sequence[Any], config: BertConfig
     ) -> Iterator[dict[str, Any]]:
-        """One prediction an example; what is in it in JSON's types can be printed, NumPy arrays are for `measure`."""
+        """One prediction an example; what is of JSON's types can be printed, arrays are for `measure` and `mistake`."""
         raise NotImplementedError
 
     def measure(
@@ -150,6 +173,27 @@ class Task:
     def line(self, prediction: Mapping[str, Any]) -> str:
         """A prediction as a person reads it."""
         raise NotImplementedError
+
+    def verdicts(self, example: Example, prediction: Mapping[str, Any], config: BertConfig) -> list[Verdict]:
+        """The classes in a prediction, for a confusion matrix; by default its `label`, none where it has no such."""
+        if "label" not in prediction:
+            return []
+        return [Verdict(str(example.target), str(prediction["label"]), prediction.get("probability"))]
+
+    def mistake(self, example: Example, prediction: Mapping[str, Any], config: BertConfig) -> Mistake | None:
+        """What is wrong about a prediction, None where nothing is; by default a `label` that is not the target.
+
+        Raises:
+            ValueError: the task has neither a `label` nor a method of its own.
+        """
+        verdicts = self.verdicts(example, prediction, config)
+        if not verdicts:
+            raise ValueError(f"{self.name} does not say what a mistake is: give the task a method `mistake`")
+        [(right, said, sure)] = verdicts
+        if right == said:
+            return None
+        how = "unsure" if sure is None else f"{sure:.3f}"
+        return Mistake((sure or 0.0,), how, said, right, ((" | ".join(example.texts), ""),))
 
     def limit(self, config: BertConfig) -> int:
         """Tokens of a row."""

@@ -86,3 +86,7 @@ class MultipleChoice(Task):
 
     def line(self, prediction):
         return f"{prediction['choice']} {prediction['probability']:.3f}\t{prediction['question']}"
+
+    def mistake(self, example, prediction, config):
+        found = super().mistake(example, prediction, config)
+        return found and dataclasses.replace(found, said=prediction["choice"], right=example.texts[1 + example.target])

@@ -16,8 +16,18 @@ from ..data.text import unknown_column
 from ..data.tokenizer import Tokenizer
 from ..model import BertForSequenceClassification
 from ..train import metrics
-from .base import Example, Task
-from .labels import check_length, class_of, label_names, pair_fields, read_again, softmax, texts_of
+from .base import Example, Mistake, Task, Verdict
+from .labels import (
+    NOTHING,
+    check_length,
+    class_of,
+    distance,
+    label_names,
+    pair_fields,
+    read_again,
+    softmax,
+    texts_of,
+)
 
 # the names that published sets give their columns, tried in this order
 TEXTS = (("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("sentence",))
@@ -231,6 +241,11 @@ class Intent(Classification):
             }
         return result
 
+    def verdicts(self, example, prediction, config):
+        [one] = super().verdicts(example, prediction, config)
+        # its probability is that of the intent that was not said
+        return [one._replace(probability=None) if one.said == self.out_of_scope else one]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLabel(Classification):
@@ -291,6 +306,22 @@ class MultiLabel(Classification):
         labels = ", ".join(f"{name} {shares[name]:.3f}" for name in prediction["labels"]) or "none"
         return f"{labels}\t{read_again(prediction)}"
 
+    def verdicts(self, example, prediction, config):
+        right, said, shares = set(example.target), set(prediction["labels"]), prediction["probabilities"]
+        sides = [
+            [name if name in part else NOTHING for part in (right, said)] for name in shares if name in right | said
+        ]
+        return [Verdict(a, b, shares.get(b)) for a, b in sides]
+
+    def mistake(self, example, prediction, config):
+        right, said, shares = set(example.target), set(prediction["labels"]), prediction["probabilities"]
+        if right == said:
+            return None
+        sure = max(shares[name] if name in said else 1 - shares[name] for name in right ^ said)
+        labels = ", ".join(f"{name} {shares[name]:.3f}" for name in prediction["labels"]) or "none"
+        parts = ((read_again(prediction), ""),)
+        return Mistake((sure,), f"{sure:.3f}", labels, ", ".join(example.target) or "none", parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(Classification):
@@ -326,3 +357,6 @@ class Regression(Classification):
 
     def line(self, prediction):
         return f"{prediction['value']:.4f}\t{read_again(prediction)}"
+
+    def mistake(self, example, prediction, config):
+        return distance(prediction["value"], example.target, prediction)

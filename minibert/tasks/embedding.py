@@ -15,7 +15,7 @@ from ..model.task_heads import PAIR_LOSSES, POOLINGS
 from ..train import metrics
 from .base import Example, Task, as_numpy
 from .classification import Regression
-from .labels import check_length, pair_fields, read_again, texts_of
+from .labels import check_length, distance, pair_fields, read_again, texts_of
 
 NEAREST = 1024  # pairs whose first texts are compared with all second ones at once
 
@@ -126,6 +126,10 @@ class Embedding(Task):
         if "similarity" in prediction:
             return f"{prediction['similarity']:.4f}\t{read_again(prediction)}"
         return f"{' '.join(f'{x:.4f}' for x in prediction['embedding'])}\t{prediction['text']}"
+
+    def mistake(self, example, prediction, config):
+        right = self.label(example)  # None: nothing is learned of the pair, nor asked
+        return None if right is None else distance(prediction["similarity"], right, prediction)
 
 
 def nearest(pairs: np.ndarray) -> float:

@@ -1,12 +1,15 @@
 """What several tasks share: names of labels, lengths, probabilities, and what a prediction repeats of its texts."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..config import one_of
-from .base import Example
+from .base import Example, Mistake
+
+NOTHING = "(none)"  # in a verdict, where no class is right or none was said
 
 
 def label_names(labels: Sequence[str], where: str) -> tuple[str, ...]:
@@ -58,3 +61,22 @@ def texts_of(example: Example) -> dict[str, Any]:
 
 def read_again(prediction: Mapping[str, Any]) -> str:
     return " | ".join(prediction[name] for name in ("text", "text_pair") if name in prediction)
+
+
+def marked(text: str, marks: Sequence[tuple[int, int, str]]) -> tuple[tuple[str, str], ...]:
+    """A text cut where marks begin and end, the parts of a `Mistake`.
+
+    marks: first character, the one behind the last, and the note; they may overlap.
+    """
+    cuts = sorted({0, len(text), *(end for first, last, _ in marks for end in (first, last))})
+    return tuple(
+        (text[a:b], ", ".join(note for first, last, note in marks if first <= a and b <= last))
+        for a, b in itertools.pairwise(cuts)
+    )
+
+
+def distance(value: float, target: float, prediction: Mapping[str, Any]) -> Mistake | None:
+    """What is wrong about a number: how far off it is."""
+    error = abs(value - target)
+    whole = ((read_again(prediction), ""),)
+    return Mistake((error,), f"off by {error:.3g}", f"{value:.4g}", f"{target:.4g}", whole) if error else None

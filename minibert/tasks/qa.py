@@ -18,7 +18,8 @@ from ..data.records import SHOWN, Record, text_of
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForQuestionAnswering
-from .base import Example, Task, per_token
+from .base import Example, Mistake, Task, per_token
+from .labels import marked
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -160,6 +161,21 @@ class QuestionAnswering(Task):
 
     def line(self, prediction):
         return f"{prediction['answer'] or 'no answer'}\t{prediction['question']}"
+
+    def mistake(self, example, prediction, config):
+        score, said, (question, context) = best_of(f1, prediction["answer"], example.target), "no answer", example.texts
+        if score == 1:
+            return None
+        marks = [(start, start + len(text), "right") for text, start in dict.fromkeys(example.target)]
+        if prediction["answer"]:
+            said = prediction["answer"]
+            marks.append((prediction["start"], prediction["end"], "said"))
+        sure = prediction["score"]
+        if self.may_be_none:  # as far as the choice between an answer and none was from the other
+            sure = abs(prediction["none"] - sure - self.threshold)
+        right = " / ".join(dict.fromkeys(text for text, _ in example.target)) or "no answer"
+        parts = ((f"{question}\n", ""), *marked(context, marks))
+        return Mistake((1 - score, sure), f"F1 {score:.3f}", said, right, parts)
 
 
 def answers_of(record: Record, context: str) -> tuple[tuple[str, int], ...] | None:

@@ -1,5 +1,6 @@
 """The relation between two entities that a sentence marks, as SemEval-2010 task 8 (Hendrickx et al., 2010)."""
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -94,6 +95,12 @@ class Relation(Task):
 
     def line(self, prediction):
         return f"{prediction['label']} {prediction['probability']:.3f}\t{prediction['e1']} | {prediction['e2']}"
+
+    def mistake(self, example, prediction, config):
+        found = super().mistake(example, prediction, config)
+        first, second = ("e2", "e1") if second_first(example) else ("e1", "e2")
+        parts = zip(example.texts, ("", first, "", second, ""), strict=True)
+        return found and dataclasses.replace(found, parts=tuple(parts))
 
 
 def second_first(example: Example) -> bool:

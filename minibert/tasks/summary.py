@@ -14,7 +14,7 @@ from ..data.rows import Row
 from ..data.sentences import split_sentences
 from ..data.tokenizer import Tokenizer
 from ..model import BertForTokenClassification
-from .base import Example, Task, per_position
+from .base import Example, Mistake, Task, per_position
 from .labels import softmax
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -114,6 +114,13 @@ class Summary(Task):
 
     def line(self, prediction):
         return prediction["summary"]
+
+    def mistake(self, example, prediction, config):
+        score = rouge([example.target], [prediction["summary"]])[self.metric]
+        kept = prediction["kept"]
+        parts = tuple((f"{sentence} ", "kept" if i in kept else "") for i, sentence in enumerate(example.texts))
+        how = f"ROUGE-1 {score:.3f}"
+        return Mistake((1 - score,), how, prediction["summary"], example.target, parts) if score < 1 else None
 
 
 def usual(record: Record, names: Sequence[str]) -> str | None:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForJointClassification, BertForTokenClassification
 from ..train.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
-from .base import Example, Task, as_numpy, per_position
-from .labels import check_length, class_of, label_names, softmax
+from .base import Example, Mistake, Task, Verdict, as_numpy, per_position
+from .labels import NOTHING, check_length, class_of, label_names, marked, softmax
 
 # a Chinese character; letters, also with ' or - between them; or a sign
 WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:['’-][^\W\u3400-\u9fff]+)*|[^\w\s]")
@@ -121,7 +121,7 @@ class Tagging(Task):
                 }
                 for kind, first, last in spans(tags, self.scheme_in(config))
             ]  # fmt: skip
-            yield {"text": text, "tokens": list(example.texts), "tags": tags, "entities": entities}
+            yield {"text": text, "tokens": list(example.texts), "tags": tags, "entities": entities, "sure": sure}
 
     def measure(self, examples, predictions, config):
         targets, given = [self.tags(example) for example in examples], [p["tags"] for p in predictions]
@@ -131,6 +131,32 @@ class Tagging(Task):
     def line(self, prediction):
         found = ", ".join(f"{e['label']}: {e['text']} ({e['probability']:.3f})" for e in prediction["entities"])
         return f"{found or 'nothing'}\t{prediction['text']}"
+
+    def sides(self, example: Example, prediction: Mapping[str, Any], config: BertConfig) -> list[dict]:
+        """The kinds of the spans that are right, and of those that were said, by their first and last word."""
+        both, scheme = (self.tags(example), prediction["tags"]), self.scheme_in(config)
+        return [{(first, last): kind for kind, first, last in spans(tags, scheme)} for tags in both]
+
+    def verdicts(self, example, prediction, config):
+        right, said = self.sides(example, prediction, config)
+        sure = dict(zip(said, (entity["probability"] for entity in prediction["entities"]), strict=True))
+        return [Verdict(right.get(at, NOTHING), said.get(at, NOTHING), sure.get(at)) for at in sorted(right | said)]
+
+    def mistake(self, example, prediction, config):
+        right, said = self.sides(example, prediction, config)
+        wrong = {at: (said.get(at), right.get(at)) for at in sorted(right | said) if right.get(at) != said.get(at)}
+        if not wrong:
+            return None
+        text, at = example.extra["text"], example.extra["at"]
+        marks, listed = [], []
+        for who, kinds in zip(("said", "right"), zip(*wrong.values(), strict=True), strict=True):
+            found = [(at[a][0], at[b][1], kind) for (a, b), kind in zip(wrong, kinds, strict=True) if kind is not None]
+            marks += [(start, end, f"{who} {kind}") for start, end, kind in found]
+            listed.append(", ".join(f"{kind}: {text[start:end]}" for start, end, kind in found) or "nothing")
+        # as sure as of the word that is wrong most surely; of those that were not read nothing is known
+        words = zip(prediction["sure"], prediction["tags"], self.tags(example), strict=False)
+        sure = max((float(p) for p, tag, target in words if tag != target), default=0.0)
+        return Mistake((sure,), f"{sure:.3f}", *listed, marked(text, marks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +212,19 @@ class Joint(Tagging):
 
     def line(self, prediction):
         return f"{prediction['label']} {prediction['probability']:.3f}\t{super().line(prediction)}"
+
+    def verdicts(self, example, prediction, config):
+        return [Verdict(example.target[0], prediction["label"], prediction["probability"])]
+
+    def mistake(self, example, prediction, config):
+        slots, intent = super().mistake(example, prediction, config), Task.mistake(self, example, prediction, config)
+        found = [one for one in (intent, slots) if one is not None]
+        if not found:
+            return None
+        worst = max(found, key=lambda one: one.severity)
+        said, right = ("; ".join(getattr(one, side) for one in found) for side in ("said", "right"))
+        parts = slots.parts if slots else ((example.extra["text"], ""),)
+        return dataclasses.replace(worst, said=said, right=right, parts=parts)
 
 
 def places(text: str) -> list[tuple[int, int]]:

@@ -187,6 +187,32 @@ def test_a_model_without_the_head_of_a_task_says_so(verb, message, weights, revi
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_report_is_a_new_page_and_what_it_cannot_be_is_said_before_anything_is_computed(
+    run, weights, reviews, tmp_path, capsys
+):
+    assert run(f"--data {reviews}")[0] == 0
+    page, words = tmp_path / "page.html", ["evaluate", "--device", "cpu", "--model"]
+    assert main([*words, str(run.out), "--data", str(reviews), "--json", "--report", str(page)]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    text = page.read_text(encoding="utf-8")
+    wrong = round(40 * (1 - measured["accuracy"]))
+    assert f"<td>accuracy<td class=num>{measured['accuracy']:.4f}" in text and text.count("<section") == wrong > 0
+    assert f"Not quite right: {wrong} of 40 examples" in text and f"{reviews}:" in text
+    for model, report, message in (
+        ("none", page, "page.html: expected a new file in a directory that exists"),
+        ("none", tmp_path / "no/page.html", "page.html: expected a new file in a directory that exists"),
+        (
+            weights,
+            tmp_path / "new.html",
+            "has no head of a task, whose mistakes --report would show: fine-tune it first",
+        ),
+    ):
+        assert main([*words, str(model), "--data", "nothing.csv", "--report", str(report)]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert page.read_text(encoding="utf-8") == text and not (tmp_path / "new.html").exists()
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -97,16 +97,22 @@ def test_what_is_not_there_is_said():
     assert "positive: 1.5000" in page and "adds to the value of “positive”" in page
 
 
+def show_in_a_browser(page, width, folder):
+    """The page as a browser has it when it is loaded; it must not complain, nor show nothing."""
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    command = (
+        f"chromium --headless --no-sandbox --disable-gpu --enable-logging=stderr --user-data-dir={folder}/profile "
+        f"--window-size={width},1600 --screenshot={folder}/page.png --dump-dom"
+    )
+    address = (folder / "page.html").as_uri()
+    done = subprocess.run([*command.split(), address], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr and (folder / "page.png").stat().st_size > 10_000
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium on the path")
 @pytest.mark.parametrize("width", (1200, 400))
 def test_a_browser_shows_the_page_without_a_complaint(width, tmp_path):
-    (tmp_path / "page.html").write_text(render([explanation(), explanation(text=HOSTILE)], HOSTILE), encoding="utf-8")
-    command = (
-        f"chromium --headless --no-sandbox --disable-gpu --enable-logging=stderr --user-data-dir={tmp_path}/profile "
-        f"--window-size={width},1600 --screenshot={tmp_path}/page.png --dump-dom"
-    )
-    address = (tmp_path / "page.html").as_uri()
-    done = subprocess.run([*command.split(), address], capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in done.stderr and (tmp_path / "page.png").stat().st_size > 10_000
-    assert len(re.findall(r"<button[^>]*>(?:<canvas[^>]*></canvas>)head [12]</button>", done.stdout)) == 4
+    shown = show_in_a_browser(render([explanation(), explanation(text=HOSTILE)], HOSTILE), width, tmp_path)
+    assert len(re.findall(r"<button[^>]*>(?:<canvas[^>]*></canvas>)head [12]</button>", shown)) == 4
