@@ -121,6 +121,9 @@ class Task:
         """
         raise NotImplementedError
 
+    def initialise(self, model: nn.Module, rows: Sequence[Row]) -> None:
+        """Give the model's `new_parameters` values that the training rows suggest, where some do."""
+
     def parts(self, batch: Batch) -> dict[str, int]:
         """The losses of the head and over how many things each is a mean, see `train`."""
         return {"loss": batch.num_sequences // self.together}
