@@ -174,7 +174,9 @@ def finetune(
             if len(runs) == 1:
                 raise
             say(f"left out: {error}", markup=False)
-    if len(runs) > 1 and results and World.current().leads:
+    if not results:
+        raise NonFiniteError(f"none of {len(runs)} runs ended well: try a lower lr")
+    if len(runs) > 1 and World.current().leads:
         report_runs(results, tasks[folder], Path(out), curve=bool(learning_curve))
 
 
