@@ -359,7 +359,7 @@ def predict(
     check_complete(network, source)
     task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
     if data:
-        records = part_of(data, "test", "valid").records(bad)
+        records = part_of(data, "test", "valid").records(bad, lambda line: task.fields(*split_texts(line)))
     else:
         records = (Record(f"text {number}", task.fields(*split_texts(one))) for number, one in enumerate(text, 1))
     examples = read_texts(task, records, bad)
