@@ -11,7 +11,7 @@ version = re.search(r'__version__ = "(.+)"', (here / "minibert/__init__.py").rea
 hf = ["transformers>=5.0"]
 data = ["datasets>=4.0", "pyarrow>=18.0", "rensa>=0.5,<1"]
 viz = ["matplotlib>=3.9"]
-tasks = ["rouge-score>=0.1.2"]
+tasks = ["rouge-score>=0.1.2", "pytorch-crf>=0.7.2,<0.8"]
 explain = ["captum>=0.9,<1"]
 bench = [*hf, *viz, "onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 dev = [

@@ -47,6 +47,7 @@ DECODER_BIAS, BIAS = "cls.predictions.decoder.bias", "cls.predictions.bias"
 # what a model may leave unread, or start afresh, as a whole
 HEADS = (
     "bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "intent_classifier.", "qa_outputs.",
+    "crf.",
 )  # fmt: skip
 # the heads that make a directory one of these, beside the encoder
 ARCHITECTURES = {
@@ -62,7 +63,7 @@ ARCHITECTURES = {
     "BertForJointClassification": ("classifier.", "intent_classifier."),
 }
 # which labels a head is as wide as: when they are changed, a head of another width starts afresh
-WIDTHS = {"classifier.": "id2label", "intent_classifier.": "task_specific_params"}
+WIDTHS = {"classifier.": "id2label", "crf.": "id2label", "intent_classifier.": "task_specific_params"}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 SLOTS = {"norm": "layernorm", "ffn": "mlp", "position": "learned", "block": "post"}  # as Hugging Face's BERT has them
 
@@ -306,11 +307,12 @@ def architecture(directory, allow_pickle: bool = False) -> str:
 
 
 def stored_for(objective: str, directory, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The canonical tensors of a directory, without a `classifier` that `config.json` says is of another class."""
+    """The canonical tensors of a directory, without a `classifier`, and its CRF, that `config.json` says is of another
+    class."""
     stored = canonical(load_state(directory, allow_pickle), directory)
     owners = [kind for kind in _named(directory) if "classifier." in ARCHITECTURES[kind]]
     if owners and objective not in owners:
-        stored = {name: value for name, value in stored.items() if not name.startswith("classifier.")}
+        stored = {name: value for name, value in stored.items() if not name.startswith(("classifier.", "crf."))}
     return stored
 
 

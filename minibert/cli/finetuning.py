@@ -177,7 +177,9 @@ def finetune(
             if len(runs) == 1:
                 raise
             say(f"left out: {error}", markup=False)
-    if len(runs) > 1 and results and World.current().leads:
+    if not results:
+        raise NonFiniteError(f"none of {len(runs)} runs ended well: try a lower lr")
+    if len(runs) > 1 and World.current().leads:
         report_runs(results, tasks[folder], Path(out), curve=bool(learning_curve))
 
 
@@ -369,7 +371,7 @@ def predict(
     check_complete(network, source)
     task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
     if data:
-        records = part_of(data, "test", "valid").records(bad)
+        records = part_of(data, "test", "valid").records(bad, lambda line: task.fields(*split_texts(line)))
     else:
         records = (Record(f"text {number}", task.fields(*split_texts(one))) for number, one in enumerate(text, 1))
     examples = read_texts(task, records, bad)

@@ -26,6 +26,8 @@ STEMS = {
 }
 CLINC_PARTS = {"train": ("train", "oos_train"), "valid": ("val", "oos_val"), "test": ("test", "oos_test")}
 SNIPS_FILES = ("seq.in", "seq.out", "label")
+TAG = re.compile(r"O|[BIES]-\S+")
+LINES = "lines"  # the form of plain text, of which no label is known
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,22 @@ class Source:
     paths: tuple[Path, ...]
     part: tuple[str, ...] | None = None
 
-    def records(self, bad: Bad = refuse) -> Iterator[Record]:
+    def records(self, bad: Bad = refuse, fields_of: Callable[[str], dict] | None = None) -> Iterator[Record]:
         """The records of every file; `bad` gets the error of each broken one and may let it pass.
+
+        `fields_of` makes a record's fields of a line of plain text; such files are refused where it is None.
 
         Raises:
             ValueError: a file is missing, of no known form, without records, or broken as a whole.
         """
         for path in self.paths:
-            read, found = READERS[format_of(path)], False
+            kind, found = format_of(path), False
+            if kind == LINES and fields_of is None:
+                raise ValueError(
+                    f"{path}: no labelled text: expected sentence TAB 0/1, token and tag columns, or SemEval's "
+                    "<e1>, <e2>"
+                )
+            read = _by_line(fields_of) if kind == LINES else READERS[kind]
             for record in read(path, bad) if self.part is None else read(path, bad, self.part):
                 found = True
                 yield record
@@ -135,7 +145,7 @@ def _may_be_labelled(place: Path) -> bool:
 
 def _is_labelled(place: Path) -> bool:
     try:
-        return bool(format_of(place))
+        return format_of(place) != LINES
     except ValueError:
         return False
 
@@ -151,7 +161,8 @@ def _clinc_splits(path: Path) -> dict[str, Source]:
 
 
 def format_of(path: Path) -> str:
-    """The container that a file or folder is, a key of `READERS`: by its suffix and, where needed, its first lines.
+    """The container that a file or folder is, a key of `READERS` or `LINES`: by its suffix and, where needed, its first
+    lines.
 
     Raises:
         ValueError: it is none of them.
@@ -208,11 +219,8 @@ def _txt_format(path: Path) -> str:
         return "semeval"
     if re.search(r"\t[01]\s*$", start[0]):
         return "uci"
-    if len({len(_words(line)) for line in start[:2] if not line.startswith("-DOCSTART-")} - {0, 1}) == 1:
-        return "conll"
-    raise ValueError(
-        f"{path}: no labelled text: expected sentence TAB 0/1, token and tag columns, or SemEval's <e1>, <e2>"
-    )
+    rows = [_words(line) for line in start[:2] if not line.startswith("-DOCSTART-")]
+    return "conll" if rows and all(len(row) > 1 and TAG.fullmatch(row[-1]) for row in rows) else LINES
 
 
 def _words(line: str) -> list[str]:

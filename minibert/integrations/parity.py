@@ -87,6 +87,8 @@ def parity(directory, *, allow_pickle: bool = False, backend: str = "auto", devi
     kind = MODELS[architecture(directory, allow_pickle)]
     kind = BertModel if kind in OURS else kind
     ours = kind.from_pretrained(directory, allow_pickle=allow_pickle, backend=backend)
+    if isinstance(ours, BertForTokenClassification):
+        ours.crf = None  # transformers has none: what lies below is compared
     if hf_config(ours.config, "")["model_type"] != "bert":
         raise ValueError(f"{directory}: its norm, ffn, position or block is not BERT's: transformers has no such model")
     theirs = load_theirs(kind, directory, add_pooler=getattr(ours, "pooler", None) is not None)

@@ -73,6 +73,9 @@ class Output:
     # the two means whose sum is the loss of a head that reads sequences and tokens
     sequence_loss: Tensor | None = None
     token_loss: Tensor | None = None
+    # of a packed batch without labels, by a CRF: [N] classes, and the probability of each
+    tags: Tensor | None = None
+    tag_probabilities: Tensor | None = None
 
     def to_tuple(self) -> tuple:
         names = [field.name for field in fields(self)]

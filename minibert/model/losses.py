@@ -50,8 +50,7 @@ def token_classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         ValueError: labels have another shape, or a class is out of range (checked on CPU).
     """
-    check_shape("token_labels", labels, logits[:, 0])
-    check_classes("token_labels", labels, logits.shape[1])
+    check_tags(logits, labels)
     return cross_entropy(logits.float(), labels)
 
 
@@ -81,6 +80,11 @@ def class_weights(config: BertConfig, logits: Tensor) -> Tensor | None:
 def label_smoothing(config: BertConfig) -> float:
     """The share of a target that is spread evenly over the classes (Szegedy et al., 2016)."""
     return (config.task_specific_params or {}).get("label_smoothing", 0.0)
+
+
+def check_tags(logits: Tensor, labels: Tensor) -> None:
+    check_shape("token_labels", labels, logits[:, 0])
+    check_classes("token_labels", labels, logits.shape[1])
 
 
 def check_shape(name: str, labels: Tensor, like: Tensor) -> None:

@@ -15,9 +15,10 @@ from minibert_kernels.philox import keep_scale, row_keep
 from ..batch import IGNORE, ROW_SHIFT, Batch, unpack
 from ..config import BertConfig, one_of
 from .context import Context, Output
+from .crf import best_tags, crf_for, tag_loss
 from .encoder import SITES, BertModel, enter, first_tokens, initialise, leave
 from .heads import Headed, pack_labels
-from .losses import check_classes, check_shape, classification_loss, cross_entropy, pair_loss, token_classification_loss
+from .losses import check_classes, check_shape, classification_loss, cross_entropy, pair_loss
 
 POOLINGS = ("mean", "cls")
 PAIR_LOSSES = ("cosine", "contrastive")
@@ -81,6 +82,8 @@ class BertForTokenClassification(TaskHead):
     """A linear map of token states to `num_labels` scores.
 
     Logits are [N, L] at the batch's `token_rows`, [T, L] where it has none, and [B, S, L] for the Hugging Face call.
+    With `task_specific_params["crf"]` the loss is a CRF's, and a packed batch without labels gets `tags` [N] and
+    `tag_probabilities` [N]: see `minibert.model.crf`.
     """
 
     objective = "BertForTokenClassification"
@@ -88,6 +91,7 @@ class BertForTokenClassification(TaskHead):
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=False, backend=backend)
         self.classifier = self.linear(config.hidden_size, config.num_labels)
+        self.crf = crf_for(config)
 
     def forward(
         self, input_ids: Tensor | Batch, attention_mask=None, token_type_ids=None, position_ids=None, labels=None, *,
@@ -100,7 +104,9 @@ class BertForTokenClassification(TaskHead):
         logits = self.classifier(self.tokens(encoded.last_hidden_state, ctx, batch.token_rows))
         output = Output(logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
         if labels is not None:
-            output.loss = token_classification_loss(logits, labels)
+            output.loss = tag_loss(self.crf, logits, labels, batch)
+        elif self.crf is not None and mask is None:
+            output.tags, output.tag_probabilities = best_tags(self.crf, logits, batch)
         return output if mask is None else leave_tokens(output, mask)
 
 
@@ -214,7 +220,7 @@ class BertForRelationExtraction(TaskHead):
 class BertForJointClassification(TaskHead):
     """An intent of each sequence and a slot of each token, learned together (Chen et al., 2019).
 
-    `logits` are the slots', named by the config's id2label and shaped as in `BertForTokenClassification`;
+    `logits` are the slots', named by the config's id2label, shaped and learned as in `BertForTokenClassification`;
     `sequence_logits` [B, I] are the intents', named by `task_specific_params["intents"]`. `loss` is the sum of the
     means `sequence_loss` and `token_loss`.
     """
@@ -225,6 +231,7 @@ class BertForJointClassification(TaskHead):
         super().__init__(config, add_pooler=True, backend=backend)
         self.intent_classifier = self.linear(config.hidden_size, len(intents(config)))
         self.classifier = self.linear(config.hidden_size, config.num_labels)
+        self.crf = crf_for(config)
 
     def forward(
         self, input_ids: Tensor | Batch, attention_mask=None, token_type_ids=None, position_ids=None, labels=None,
@@ -245,7 +252,9 @@ class BertForJointClassification(TaskHead):
             check_classes("intent_labels", intent_labels, output.sequence_logits.shape[1])
             output.sequence_loss = cross_entropy(output.sequence_logits.float(), intent_labels)
         if labels is not None:
-            output.token_loss = token_classification_loss(output.logits, labels)
+            output.token_loss = tag_loss(self.crf, output.logits, labels, batch)
+        elif self.crf is not None and mask is None:
+            output.tags, output.tag_probabilities = best_tags(self.crf, output.logits, batch)
         losses = [loss for loss in (output.sequence_loss, output.token_loss) if loss is not None]
         output.loss = sum(losses) if losses else None
         return output if mask is None else leave_tokens(output, mask)

@@ -47,7 +47,7 @@ def tasks_for(model: nn.Module) -> list[type[Task]]:
     if config.finetuning_task in TASKS:
         return [TASKS[config.finetuning_task]]
     problem = config.problem_type or ("regression" if config.num_labels == 1 else None)
-    fits = [kind for kind in TASKS.values() if kind.head is type(model)]
+    fits = [kind for kind in TASKS.values() if kind.head is type(model) and kind.classes in (None, config.num_labels)]
     return [kind for kind in fits if problem and getattr(kind, "problem", None) == problem] or fits
 
 

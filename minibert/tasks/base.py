@@ -74,6 +74,7 @@ class Task:
     name: the key in `TASKS`. head: its model class. metric: the number of `measure` that decides which checkpoint is
     the best, mode whether `higher` or `lower` is better. dtype: of the labels.
     answers: the fields of a record that say what a prediction is to say.
+    classes: how many names a model's `id2label` has, None where that depends on the examples.
     max_length: tokens of a row, None for as many as the model takes. truncate: cut what is longer; else it is an error.
     """
 
@@ -82,6 +83,7 @@ class Task:
     metric: ClassVar[str]
     mode: ClassVar[str] = "higher"
     answers: ClassVar[tuple[str, ...]] = ("label",)
+    classes: ClassVar[int | None] = None
     dtype: ClassVar[torch.dtype] = torch.int64
 
     max_length: int | None = None
@@ -145,6 +147,9 @@ class Task:
             ValueError: a text is too long or a target is none of `config`'s; the message names file and line.
         """
         raise NotImplementedError
+
+    def initialise(self, model: nn.Module, rows: Sequence[Row]) -> None:
+        """Give the model's `new_parameters` values that the training rows suggest, where some do."""
 
     def parts(self, batch: Batch) -> dict[str, int]:
         """The losses of the head and over how many things each is a mean, see `train`."""

@@ -71,6 +71,7 @@ def finetune(
     reinitialise(network, reinit_layers, seed)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
     encoded = {split: Spool(rows_of(task, tokenizer, part, network.config)) for split, part in parts.items()}
+    task.initialise(network, encoded["train"])
     if task.together > 1 and training.get("split_on_oom"):
         raise ValueError(f"split_on_oom=True would part what belongs together in {task.name}: use a smaller batch_size")
     rows = learnable(encoded["train"], task.together)
@@ -110,6 +111,7 @@ def new_model(
     if scratch:
         torch.manual_seed(seed)
         network = task.head(network.config, backend=backend)
+        network.new_parameters = tuple(name for name, _ in network.named_parameters())
     return network, Tokenizer.from_pretrained(init)
 
 

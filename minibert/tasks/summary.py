@@ -36,6 +36,7 @@ class Summary(Task):
     head = BertForTokenClassification
     metric = "rouge1"
     answers = SUMMARIES
+    classes = 2
 
     sentences: int = 3
     block_trigrams: bool = True

@@ -16,6 +16,7 @@ from ..data.records import NO_TEXT, SHOWN, Record, label_of, text_of
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForJointClassification, BertForTokenClassification
+from ..model.crf import begin_chain
 from ..train.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
 from .base import Example, Mistake, Task, Verdict, as_numpy, per_position
 from .labels import NOTHING, check_length, class_of, label_names, marked, softmax
@@ -29,6 +30,7 @@ class Tagging(Task):
     """Entities or slots, as tags of words; F1 of the spans that are right from their first word to their last.
 
     A word's tag is read at its first piece. scheme: `iob1`, `iob2` or `iobes`; by default the one the tags are in.
+    crf: learn, and find, the tags of a sentence together, see `minibert.model.crf`.
     A text without words of its own is cut at blanks and punctuation.
     """
 
@@ -38,6 +40,7 @@ class Tagging(Task):
     answers = ("tags",)
 
     scheme: str | None = None
+    crf: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,17 +105,25 @@ class Tagging(Task):
     def label(self, example: Example) -> int | None:
         return None
 
+    def initialise(self, model, rows):
+        if "crf.transitions" in model.new_parameters:
+            begin_chain(model.crf, [row.tags for row in rows])
+
     def parts(self, batch):
         return {"loss": int((batch.token_labels != IGNORE).sum())}
 
     def scores(self, output, rows):
-        return per_position(output.logits, rows)
+        """Logits [words, L], or the tags that a CRF found and their probabilities, each [words]."""
+        if output.tags is None:
+            return per_position(output.logits, rows)
+        tags, sure = per_position(output.tags, rows), per_position(output.tag_probabilities, rows)
+        return [(one.astype(int), other) for one, other in zip(tags, sure, strict=True)]
 
     def predict(self, examples, rows, scores, config):
-        for example, logits in zip(examples, scores, strict=True):
+        for example, one in zip(examples, scores, strict=True):
+            classes, sure = one if isinstance(one, tuple) else (one.argmax(-1), softmax(one).max(-1))
             # words beyond what the model takes are outside of everything
-            tags = [config.id2label[i] for i in logits.argmax(-1)] + ["O"] * (len(example.texts) - len(logits))
-            sure = softmax(logits).max(-1)
+            tags = [config.id2label[i] for i in classes] + ["O"] * (len(example.texts) - len(classes))
             text, at = example.extra["text"], example.extra["at"]
             entities = [
                 {
@@ -195,7 +206,7 @@ class Joint(Tagging):
         return {"sequence_loss": batch.num_sequences, "token_loss": int((batch.token_labels != IGNORE).sum())}
 
     def scores(self, output, rows):
-        return list(zip(as_numpy(output.sequence_logits), per_position(output.logits, rows), strict=True))
+        return list(zip(as_numpy(output.sequence_logits), super().scores(output, rows), strict=True))
 
     def predict(self, examples, rows, scores, config) -> Iterator[dict[str, Any]]:
         slots = super().predict(examples, rows, [slot for _, slot in scores], config)

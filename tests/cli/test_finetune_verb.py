@@ -136,6 +136,24 @@ def test_labels_beside_texts_do_not_matter_to_predictions(run, reviews, tmp_path
     assert said[0] == said[1] == said[2] and len(said[0]) == 3
 
 
+def test_lines_of_plain_text_are_predicted_as_if_they_were_typed_and_not_learned_from(run, tmp_path, capsys):
+    file, plain = tmp_path / "pairs.csv", tmp_path / "plain.txt"
+    file.write_text(
+        "review,reply,label\n" + "".join(f"{text},why ?,{'yn'[i % 2]}\n" for i, text in enumerate(texts(24)))
+    )
+    assert run(f"--data {file} --text-column review --pair-column reply")[0] == 0
+    typed = ["dogs bark at ||| birds sing", "the cat sat ||| on a mat"]
+    plain.write_text("\n".join(typed) + "\n")
+    said = []
+    for given in (["--data", str(plain)], typed):
+        assert main(["predict", "--model", str(run.out), *given, "--json", "--device", "cpu"]) == 0
+        said.append(json.loads(capsys.readouterr().out)["predictions"])
+    assert said[0] == said[1] and [one["text_pair"] for one in said[0]] == ["birds sing", "on a mat"]
+    for command in (["evaluate", "--model", str(run.out)], ["finetune", "--init", str(run.out), "--out", "x"]):
+        assert main([*command, "--data", str(plain)]) == 2
+        assert f"{plain}: no labelled text: expected sentence TAB 0/1" in capsys.readouterr().err
+
+
 def test_an_intent_out_of_scope_is_said_by_the_threshold_that_was_learned(run, tmp_path, capsys):
     file = tmp_path / "intents.jsonl"
     rows = [{"text": text, "intent": ("ask", "tell", "oos")[i % 3]} for i, text in enumerate(texts(36))]

@@ -100,3 +100,13 @@ def test_a_learning_curve_over_seeds_is_kept_drawn_and_resumed(pretrained, tmp_p
     assert main(["finetune", "--config", str(tmp_path / folders[0] / "config.yaml"), "--out", str(alone)]) == 0
     weights = [next(path.glob("step-*/model.safetensors")).read_bytes() for path in (alone, tmp_path / folders[0])]
     assert weights[0] == weights[1], "the config.yaml of a run is of that run alone"
+
+
+@pytest.mark.parametrize(("rates", "code"), [("1e37, 1e38", 1), ("1e37, 1e-4", 0)])
+def test_runs_that_break_are_left_out_and_are_an_error_where_none_is_left(rates, code, pretrained, tmp_path, capsys):
+    command = f"finetune --data {REVIEWS} --init {pretrained} --out {tmp_path} --truncate --max-train 40 --steps 4"
+    assert main([*command.split(), "--warmup", "0", "--device", "cpu", "--sweep", f"{{lr: [{rates}]}}"]) == code
+    said = capsys.readouterr().err
+    assert said.count("left out: step") == 1 + code
+    assert (said.splitlines()[-1] == "minibert: error: none of 2 runs ended well: try a lower lr") == (code == 1)
+    assert (tmp_path / "runs.json").exists() == (code == 0)

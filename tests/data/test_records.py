@@ -136,6 +136,22 @@ def test_every_container_may_be_compressed_and_may_lack_its_last_line_end(tmp_pa
         assert read(path) == fields(expected)
 
 
+def test_plain_lines_are_records_where_somebody_says_what_they_hold(tmp_path):
+    def shout(line):
+        if "?" in line:
+            raise ValueError("a question")
+        return {"text": line.strip().upper()}
+
+    # lines of as many words each are no columns of tokens and tags
+    path, seen = put(tmp_path / "a.txt", "I love it\nIt broke now\n\n a\tb \nwhy ?\n"), []
+    records = list(Source((path,)).records(seen.append, shout))
+    assert [record.fields["text"] for record in records] == ["I LOVE IT", "IT BROKE NOW", "A\tB"]
+    assert records[2].where == f"{path}:4" and [str(error) for error in seen] == [f"{path}:5: a question"]
+    for name, content, expected in (CONTAINERS[kind] for kind in ("uci", "conll", "semeval")):
+        source = Source((put(tmp_path / "x" / name, content),))
+        assert [record.fields for record in source.records(fields_of=shout)] == fields(expected)
+
+
 def test_rows_of_parquet_are_records(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -269,6 +285,7 @@ MALFORMED = [
     ("x.txt", "Fine.\t1\nBad.\t2\n", ":2: expected a sentence, a tab and 0 or 1, got 'Bad.\\t2\\n'"),
     ("x.txt", b"Fine.\t1\n" + LATIN, ":2: byte 0xe9 is not UTF-8: convert the file"),
     ("x.txt", "This is about\nthe set\n", ": no labelled text: expected sentence TAB 0/1, token and tag columns, or"),
+    ("x.txt", "I love it\nIt broke now\n", ": no labelled text: expected sentence TAB 0/1, token and tag columns, or"),
     ("x.conll", "a NN O\nb O\n", ":2: columns=2, the lines before have 3"),
     ("x.conll", "a NN O\n\nb NN B I\n", ":3: columns=4, the lines before have 3"),
     ("x.bio", "a\nb\n", ":1: columns=1, expected a token and its tag"),

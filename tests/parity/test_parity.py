@@ -185,6 +185,18 @@ def test_transformers_reads_the_encoder_of_a_head_that_it_does_not_have(tmp_path
     assert report.passed and "layer 2" in [row.what for row in report.rows], report.first_difference
 
 
+def test_transformers_reads_encoder_and_classifier_below_a_crf(tmp_path):
+    pytest.importorskip("torchcrf")
+    ours = build(BertForTokenClassification, id2label=("a", "b", "c"), task_specific_params={"crf": True})
+    ours.save_pretrained(tmp_path)
+    report = parity(tmp_path)
+    assert report.passed and {"logits", "loss"} <= {row.what for row in report.rows}, report.first_difference
+    theirs, seen = transformers.BertForTokenClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(theirs.classifier.weight, ours.classifier.weight)
+    assert set(seen["unexpected_keys"]) == {name for name, _ in ours.named_parameters() if name.startswith("crf.")}
+    assert not seen["missing_keys"]
+
+
 def test_parity_passes_on_a_decoder_of_transformers(tmp_path):
     directory = theirs_at(tmp_path, transformers.BertLMHeadModel, is_decoder=True)
     report = parity(directory)

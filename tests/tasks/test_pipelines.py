@@ -126,11 +126,23 @@ def test_a_classifier_that_names_no_task_is_known_by_its_head(models, tmp_path):
         pipeline("classification", tmp_path / "bare")
 
 
+def test_a_classifier_of_tokens_summarises_only_where_it_knows_two_classes(models, tmp_path):
+    for name in ("ner", "summary"):
+        model = TASKS[name].head.from_pretrained(models / name)
+        model.config = model.config.replace(finetuning_task="pos", task_specific_params=None)
+        model.save_pretrained(tmp_path / name, Tokenizer.from_pretrained(models / name))
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'ner'} is a model for ner, not for summary$"):
+        pipeline("summary", tmp_path / "ner")
+    text = CASES["summary"][2]
+    assert pipeline("summary", tmp_path / "summary", sentences=1)(text) == pipeline(models / "summary")(text)
+
+
 @pytest.mark.parametrize(
     ("task", "directory", "options", "message"),
     [
         ("qa", "classification", {}, "classification is a model for classification, not for qa"),
         ("classification", "intent", {}, "intent is a model for intent, not for classification"),
+        ("summary", "ner", {}, "ner is a model for ner, not for summary"),
         ("embedding", "qa", {}, "qa is a model for qa, not for embedding"),
         ("ner", "start", {}, "start has no classifier.weight, classifier.bias, which ner needs: fine-tune it first"),
         ("nerr", "ner", {}, "task='nerr' is not one of .*: did you mean 'ner'?"),
