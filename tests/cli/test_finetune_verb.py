@@ -106,6 +106,16 @@ def test_bad_records_end_the_command_or_are_counted_or_named(run, weights, tmp_p
     assert code == 2 and "on_bad_record='pass' is not one of fail, skip, report" in said
 
 
+def test_a_text_that_is_too_long_is_no_bad_record_to_be_left_out(run, reviews, tmp_path, capsys):
+    assert run(f"--data {reviews}")[0] == 0
+    (tmp_path / "long.csv").write_text(f"text,label\nthe cat,y\n{'the cat ' * 30},n\n")
+    for verb in ("evaluate", "predict"):
+        given = [verb, "--model", str(run.out), "--data", str(tmp_path / "long.csv"), "--on-bad-record", "skip"]
+        assert main(given) == 2
+        assert "long.csv:3: the text has 62 tokens, the model takes 19: use --truncate" in capsys.readouterr().err
+        assert main([*given, "--truncate"]) == 0
+
+
 def test_several_files_are_learned_from_together(run, tmp_path):
     """As sentiment from three sites is published: a sentence, a tab, 0 or 1."""
     files = [tmp_path / f"{name}_labelled.txt" for name in ("amazon", "imdb", "yelp")]
