@@ -11,6 +11,7 @@ from torch import nn
 
 from ..data.rows import Row, RowData
 from ..data.tokenizer import Tokenizer
+from ..model.lora import adapt
 from ..train import Result, Run, TrainConfig, claim, resolve_model, train
 from . import task_of
 from .base import Example, Task, draw_examples, evaluate
@@ -30,6 +31,8 @@ def finetune(
     scratch: bool = False,
     reinit_layers: int = 0,
     group_by_length: bool = False,
+    lora: int | None = None,
+    lora_alpha: float = 16,
     backend: str = "auto",
     allow_pickle: bool = False,
     resume: bool = False,
@@ -46,6 +49,8 @@ def finetune(
         max_train: learn from so many examples, drawn by the seed; labels are known from all.
         scratch: take architecture and tokenizer of `init`, and draw new weights.
         reinit_layers: draw new weights for so many of the last layers, and for the pooler (Zhang et al., 2021).
+        lora: freeze the encoder, and learn additions of this rank to its weights, times lora_alpha / lora (Hu et al.,
+            2021). Checkpoints hold the sums; to go on, a resumed run needs the weights of `init` as they were.
         group_by_length: batches of rows of about one length, see `RowData`.
         begin: called with the claimed directory and the model when everything fits, before the first step.
         training: other fields of `TrainConfig`.
@@ -64,6 +69,12 @@ def finetune(
     task = task.prepared(parts["train"])
     network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
     reinitialise(network, reinit_layers, seed)
+    if lora is not None:
+        if scratch or reinit_layers:
+            name = "scratch=True" if scratch else f"reinit_layers={reinit_layers}"
+            raise ValueError(f"lora={lora} would freeze the new weights of {name}: use one of the two")
+        torch.manual_seed(seed)
+        adapt(network, lora, lora_alpha)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
     encoded = {split: task.encode(tokenizer, examples, network.config) for split, examples in parts.items()}
     if task.together > 1 and training.get("split_on_oom"):
@@ -87,6 +98,8 @@ def finetune(
     )
     settings = {"task": task.kept(), "batch_size": batch_size, "backend": backend, "scratch": scratch}
     settings |= {"reinit_layers": reinit_layers, "group_by_length": group_by_length}
+    if lora is not None:
+        settings["lora"] = {"rank": lora, "alpha": lora_alpha, "frozen": frozen_hash(network)}
     settings["examples"] = {split: len(examples) for split, examples in parts.items()}
     settings["data"] = {split: rows_hash(part) for split, part in encoded.items()}
     check = lambda model, limit: numbers(evaluate(task, model, tokenizer, parts["valid"], fit=True))  # noqa: E731
@@ -133,6 +146,15 @@ def rows_hash(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((list(row.ids), list(row.types), list(row.at), row.label, list(row.tags))).encode())
+    return digest.hexdigest()
+
+
+def frozen_hash(network: nn.Module) -> str:
+    """SHA-256 of the parameters that do not learn, which no checkpoint keeps."""
+    digest = hashlib.sha256()
+    for p in network.parameters():
+        if not p.requires_grad:
+            digest.update(p.detach().numpy())
     return digest.hexdigest()
 
 
