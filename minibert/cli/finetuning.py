@@ -84,8 +84,8 @@ from .sweeping import grid, report_runs
 RESULTS = "results.json"
 TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate split_on_oom ema patience
 dtype save_every keep_last log_every parallel seed device"""
-FITTING = """max_train batch_size group_by_length epochs steps eval_every scratch reinit_layers backend allow_pickle
-resume"""
+FITTING = """max_train batch_size group_by_length epochs steps eval_every scratch reinit_layers lora lora_alpha backend
+allow_pickle resume"""
 
 
 def finetune(
@@ -112,6 +112,8 @@ def finetune(
     calibrate: Annotated[bool, "fit a temperature to the held-out examples, for probabilities that hold"] = False,
     scratch: Annotated[bool, "take the architecture and tokenizer of --init, and new weights"] = False,
     reinit_layers: Annotated[int, "draw new weights for so many of the last layers, and for the pooler"] = 0,
+    lora: Annotated[int | None, "freeze the encoder, and learn additions of this rank to its weights"] = None,
+    lora_alpha: Annotated[float, "the additions count alpha / rank"] = 16,
     epochs: Annotated[float, "passes over the training examples, where --steps is not given"] = 3,
     steps: Steps = None,
     batch_size: BatchSize = 32,
@@ -191,6 +193,9 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
         say(f"new parameters: {'all' if options['scratch'] else ', '.join(network.new_parameters) or 'none'}")
+        if options["lora"]:
+            few = sum(p.numel() for p in network.parameters() if p.requires_grad)
+            say(f"trainable parameters: {few:,} of {sum(p.numel() for p in network.parameters()):,}")
 
     fit(task, parts, source, out, begin=begin, **pick(options, f"{TRAINING} {FITTING}"))
     examples = min(len(parts["train"]), options["max_train"] or len(parts["train"]))

@@ -21,9 +21,9 @@ CURVE = "curve.png"
 # what a grid may go over, and what its values are
 SWEPT = {
     "lr": int | float, "epochs": int | float, "steps": int, "batch_size": int, "max_train": int | None, "scratch": bool,
-    "reinit_layers": int, "optimizer": str, "schedule": str, "warmup": int | float, "weight_decay": int | float,
-    "layer_decay": int | float, "unfreeze": int | float, "ema": int | float | None, "accumulate": int,
-    "class_weights": str | None, "label_smoothing": int | float, "seed": int,
+    "reinit_layers": int, "lora": int | None, "optimizer": str, "schedule": str, "warmup": int | float,
+    "weight_decay": int | float, "layer_decay": int | float, "unfreeze": int | float, "ema": int | float | None,
+    "accumulate": int, "class_weights": str | None, "label_smoothing": int | float, "seed": int,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from ..config import BertConfig, one_of
 from .attention import Attention
 from .context import Context, Output, site_seeds
 from .ffn import FFNS
+from .lora import low_rank, merged
 from .norm import NORMS
 from .position import POSITIONS, Position
 
@@ -115,7 +116,7 @@ class Bert(nn.Module):
 
     def save_pretrained(self, directory, tokenizer=None, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Write a directory that Hugging Face's BERT loads; see `minibert.hub.save_pretrained`."""
-        hub.save_pretrained(self, directory, tokenizer, parameters)
+        hub.save_pretrained(self, directory, tokenizer, merged(self, parameters or dict(self.named_parameters())))
 
     def __call__(self, *args, return_dict: bool = True, **kwargs) -> Output | tuple:
         """`forward`; with `return_dict=False` the fields that are there, as a tuple."""
@@ -123,7 +124,9 @@ class Bert(nn.Module):
         return output if return_dict else output.to_tuple()
 
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """As many as `save_pretrained` writes, a tied weight once."""
+        added = sum(layer.a.numel() + layer.b.numel() for _, layer in low_rank(self))
+        return sum(p.numel() for p in self.parameters()) - added
 
     def context(self, batch: Batch, seed: int | Tensor | None) -> Context:
         check_batch(self.config, batch)

@@ -10,6 +10,7 @@ from minibert_kernels.dispatch import use_triton
 
 from ..config import BertConfig
 from .context import Context
+from .lora import LowRank
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -17,7 +18,10 @@ APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 def activated(op: Callable, linear: nn.Linear, x: Tensor, ctx: Context, **options) -> Tensor:
     """op(linear(x)): a kernel adds the bias itself and sums its gradient on the way, else the product does."""
     if use_triton(op.__name__, ctx.backend, x):
-        return op(F.linear(x, linear.weight), linear.bias, **options, backend=ctx.backend)
+        product = F.linear(x, linear.weight)
+        if isinstance(linear, LowRank):
+            product = product + linear.addition(x)
+        return op(product, linear.bias, **options, backend=ctx.backend)
     return op(linear(x), None, **options, backend="reference")
 
 

@@ -16,6 +16,7 @@ from ..config import BertConfig
 from ..data.rows import Row, RowData
 from ..data.spool import Joined, Spool, take
 from ..data.tokenizer import Tokenizer
+from ..model.lora import adapt
 from ..train import Result, Run, TrainConfig, claim, resolve_model, train
 from . import task_of
 from .base import CHUNK, Example, Task, draw_examples, evaluate
@@ -35,6 +36,8 @@ def finetune(
     scratch: bool = False,
     reinit_layers: int = 0,
     group_by_length: bool = False,
+    lora: int | None = None,
+    lora_alpha: float = 16,
     backend: str = "auto",
     allow_pickle: bool = False,
     resume: bool = False,
@@ -51,6 +54,8 @@ def finetune(
         max_train: learn from so many examples, drawn by the seed; labels are known from all.
         scratch: take architecture and tokenizer of `init`, and draw new weights.
         reinit_layers: draw new weights for so many of the last layers, and for the pooler (Zhang et al., 2021).
+        lora: freeze the encoder, and learn additions of this rank to its weights, times lora_alpha / lora (Hu et al.,
+            2021). Checkpoints hold the sums; to go on, a resumed run needs the weights of `init` as they were.
         group_by_length: batches of rows of about one length, see `RowData`.
         begin: called with the claimed directory and the model when everything fits, before the first step.
         training: other fields of `TrainConfig`.
@@ -69,6 +74,12 @@ def finetune(
     task = task.prepared(parts["train"])
     network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
     reinitialise(network, reinit_layers, seed)
+    if lora is not None:
+        if scratch or reinit_layers:
+            name = "scratch=True" if scratch else f"reinit_layers={reinit_layers}"
+            raise ValueError(f"lora={lora} would freeze the new weights of {name}: use one of the two")
+        torch.manual_seed(seed)
+        adapt(network, lora, lora_alpha)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
     encoded = {split: Spool(rows_of(task, tokenizer, part, network.config)) for split, part in parts.items()}
     task.initialise(network, encoded["train"])
@@ -93,6 +104,8 @@ def finetune(
     )
     settings = {"task": task.kept(), "batch_size": batch_size, "backend": backend, "scratch": scratch}
     settings |= {"reinit_layers": reinit_layers, "group_by_length": group_by_length}
+    if lora is not None:
+        settings["lora"] = {"rank": lora, "alpha": lora_alpha, "frozen": frozen_hash(network)}
     settings["examples"] = {split: len(examples) for split, examples in parts.items()}
     settings["data"] = {split: rows_hash(part) for split, part in encoded.items()}
     check = lambda model, limit: numbers(evaluate(task, model, tokenizer, parts["valid"], fit=True))  # noqa: E731
@@ -149,6 +162,15 @@ def rows_hash(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((list(row.ids), list(row.types), list(row.at), row.label, list(row.tags))).encode())
+    return digest.hexdigest()
+
+
+def frozen_hash(network: nn.Module) -> str:
+    """SHA-256 of the parameters that do not learn, which no checkpoint keeps."""
+    digest = hashlib.sha256()
+    for p in network.parameters():
+        if not p.requires_grad:
+            digest.update(p.detach().numpy())
     return digest.hexdigest()
 
 

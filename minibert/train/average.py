@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 class Average:
-    """Of every parameter, mean += (1 - d) · (parameter - mean) after step t, with d = min(decay, (1 + t) / (10 + t)).
+    """Of every parameter that learns, mean += (1 - d) · (parameter - mean) after step t.
 
-    So the weights a run starts with are soon forgotten, whatever the decay.
+    With d = min(decay, (1 + t) / (10 + t)) the weights a run starts with are soon forgotten, whatever the decay.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.names, self.params = zip(*model.named_parameters(), strict=True)
+        self.names, self.params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
         self.decay, self.means = decay, [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
@@ -49,8 +49,19 @@ class Average:
         Raises:
             ValueError: a parameter is missing, or has another shape.
         """
-        for name, p, mean in zip(self.names, self.params, self.means, strict=True):
-            if name not in trained or trained[name].shape != p.shape:
-                raise ValueError(f"there is no {name} of shape {list(p.shape)}")
+        for p, mean in zip(self.params, self.means, strict=True):
             mean.copy_(p)
-            p.copy_(trained[name])
+        put_back(dict(zip(self.names, self.params, strict=True)), trained)
+
+
+@torch.no_grad()
+def put_back(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Copy what is stored into these parameters.
+
+    Raises:
+        ValueError: one is missing, or has another shape.
+    """
+    for name, p in parameters.items():
+        if name not in stored or stored[name].shape != p.shape:
+            raise ValueError(f"there is no {name} of shape {list(p.shape)}")
+        p.copy_(stored[name])

@@ -30,8 +30,9 @@ from .. import __version__, hub
 from ..batch import Batch
 from ..config import one_of
 from ..model.encoder import Encoder
+from ..model.lora import learned, low_rank
 from . import checkpoint
-from .average import Average
+from .average import Average, put_back
 from .card import record_run, write_card
 from .checkpoint import Run
 from .distributed import Losses, World, claim
@@ -47,6 +48,7 @@ Mode = Literal["lower", "higher"]
 Parallel = Literal["ddp", "fsdp"]
 OPTIMIZER = "optimizer.safetensors"
 TRAINED = "trained.safetensors"  # the weights themselves, where model.safetensors holds their average
+LEARNED = "learned.safetensors"  # what learns, where model.safetensors holds its sum with what is frozen
 DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
 logger = logging.getLogger(__name__)
 
@@ -279,14 +281,15 @@ class Trainer:
             from .sharded import Sharded  # imports half a second of torch
 
             self.world = Sharded.current()
-        self.data, self.evaluate = data, evaluate
+        self.data, self.evaluate, self.adapted = data, evaluate, any(low_rank(model))
         self.config, self.path, self.tokenizer, self.parts = config, run.path, tokenizer, parts
         self.weights = dict(weights or {})
         settings = {"model": model.config.to_dict(), "weights": self.weights, **settings}
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
         directory, state = self.world.once(self._find) if run.resume else (None, None)
         if directory is not None:
-            hub.load_into(model, directory)  # while it is whole
+            if not self.adapted:
+                hub.load_into(model, directory)  # while it is whole
             # what an evaluation fitted beside the weights
             fitted = hub.load_config(directory).task_specific_params
             model.config = model.config.replace(task_specific_params=fitted)
@@ -529,6 +532,8 @@ class Trainer:
         with self._averaged():
             weights = world.whole(dict(self.model.named_parameters()))
             world.once(lambda: self.model.save_pretrained(directory, self.tokenizer, weights))
+            if self.adapted:
+                world.write(directory / LEARNED, learned(self.model))
             if self.average:
                 world.write(directory / TRAINED, self.average.trained())
         world.write(directory / OPTIMIZER, optimizer_state(self.model, self.optimizer))
@@ -547,6 +552,8 @@ class Trainer:
     def load(self, directory: Path, state: dict) -> None:
         """Put back what a checkpoint holds beside the weights that the model has already."""
         self._load_tensors(directory / OPTIMIZER, partial(load_optimizer_state, self.model, self.optimizer))
+        if self.adapted:
+            self._load_tensors(directory / LEARNED, partial(put_back, learned(self.model)))
         if self.average:
             self._load_tensors(directory / TRAINED, self.average.load)
         self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory

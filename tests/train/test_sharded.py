@@ -11,6 +11,8 @@ from test_distributed import SIZES, Failed, assert_logs_are_close, assert_weight
 from test_loop import Crash, log_of
 from tiny_run import KINDS, Stream, make_config, make_model
 
+from minibert import hub
+from minibert.model.lora import adapt
 from minibert.train import TrainConfig, World, checkpoint, latest, train
 
 EVALUATED = range(1000, 1013)
@@ -128,6 +130,32 @@ def test_a_run_goes_on_in_another_number_of_processes_and_divided_or_not(tmp_pat
     assert {failed.kind for failed in results} == {"Interrupted"}
     together(later, lambda world: train_shares(tmp_path / "run", resume=True, parallel=other), tmp_path / "b")
     assert_runs_are_close(alone, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("size", "kind"), [(2, "fsdp"), (1, "ddp"), pytest.param(1, "fsdp", marks=pytest.mark.slow)])
+def test_factors_of_frozen_weights_are_divided_too_and_go_on_in_another_number_of_processes(tmp_path, size, kind):
+    def model():
+        network = make_model("pretraining", num_hidden_layers=2)
+        torch.manual_seed(0)
+        adapt(network, 3, 7)
+        return network
+
+    def stop(cursor):
+        if World.current().leads and cursor == 56:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stream, path = Stream("pretraining", SIZES, stop), tmp_path / "run"
+    train_shares(tmp_path / "one", model(), lr=0.03)
+    results = together(size, lambda world: train_shares(path, model(), stream, parallel=kind, lr=0.03), tmp_path / "a")
+    assert {failed.kind for failed in results} == {"Interrupted"}
+    resume = {"resume": True, "parallel": kind, "lr": 0.03}
+    ends = together(3 - size, lambda world: train_shares(path, model(), **resume), tmp_path / "b")
+    assert not any(hasattr(end, "kind") for end in ends), ends
+    assert_runs_are_close(tmp_path / "one", path)
+    begun, saved = hub.hf_state(make_model("pretraining", num_hidden_layers=2)), load_file(latest(path) / hub.WEIGHTS)
+    moved = {name for name, value in begun.items() if not torch.equal(value, saved[name])}
+    assert all(part in str(moved) for part in ("query.weight", "output.dense.weight", "cls.predictions.bias"))
+    assert not any("embeddings" in name or "bias" in name for name in moved if name.startswith("bert."))
 
 
 def test_a_share_that_cannot_be_written_costs_the_checkpoint_and_no_earlier_one(tmp_path, monkeypatch):
