@@ -97,3 +97,11 @@ def test_articles_become_bodies_with_their_first_paragraphs(tmp_path):
     write_leads(tmp_path / "wiki_00", tmp_path / "leads.jsonl")
     [row] = map(json.loads, (tmp_path / "leads.jsonl").read_text().splitlines())
     assert row["summary"] == lead.strip() and row["sentences"] == ["One sentence here."] * 12
+
+
+def test_the_table_in_the_docs_is_that_of_the_record():
+    text = (RESULTS.parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    files = sorted(RESULTS.glob("cpu-*-finetune.json"))
+    assert files
+    for file in files:
+        assert table(json.loads(file.read_text())["rows"]) in text, file
