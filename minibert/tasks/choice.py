@@ -21,7 +21,7 @@ class MultipleChoice(Task):
     """One score a choice, and the softmax of the scores; accuracy.
 
     A record has `question`, perhaps a `context` before it, `choices`, a list, and `label`, the number of the right one
-    (from 0). All questions have as many choices.
+    (from 0). All questions have as many choices. Those of one context are not split up.
     """
 
     name = "choice"
@@ -36,14 +36,15 @@ class MultipleChoice(Task):
 
     def example(self, record: Record) -> Example:
         question, choices = text_of(record, "question"), texts_in(record, "choices", least=2)
-        if "context" in record.fields:
-            question = f"{text_of(record, 'context')} {question}"
+        context = text_of(record, "context") if "context" in record.fields else None
+        if context is not None:
+            question = f"{context} {question}"
         if self.num_choices and len(choices) != self.num_choices:
             raise ValueError(f"{record.where}: choices has {len(choices)} texts, expected {self.num_choices}")
         label = record.fields.get("label")
         if label is not None and (type(label) is not int or not 0 <= label < len(choices)):
             raise ValueError(f"{record.where}: label={label!r} is not the number of a choice, 0 to {len(choices) - 1}")
-        return Example((question, *choices), label, record.where)
+        return Example((question, *choices), label, record.where, context)
 
     def fields(self, *texts):
         return {"question": texts[0], "choices": texts[1:]}

@@ -12,7 +12,7 @@ from minibert import BertConfig
 from minibert.cli import main
 from minibert.data.records import as_records
 from minibert.data.rows import RowData, in_order
-from minibert.tasks import make_task, read_examples
+from minibert.tasks import make_task, read_examples, split_examples
 
 WORDS = "pick the right one yes no maybe never . ?"
 TOKENIZER = toy_tokenizer(WORDS)
@@ -78,6 +78,14 @@ def test_each_choice_is_read_behind_the_context_and_the_question():
     assert "the right one. [UNK]? [SEP] yes" in first
     assert [row.types.count(1) for row in rows] == [2, 2], "a choice and its [SEP]"
     assert [row.label for row in rows] == [1, None] and [row.example for row in rows] == [0, 0]
+
+
+def test_questions_of_one_context_are_on_one_side_of_a_split():
+    rows = [row | {"context": f"story {number % 6}"} for number, row in enumerate(questions(24))]
+    train, held = split_examples(examples_of(rows), 0.25, seed=2)
+    stories = [{example.group for example in part} for part in (train, held)]
+    assert (len(train), len(held)) == (16, 8) and not stories[0] & stories[1]
+    assert examples_of([QUESTION])[0].group is None, "without a context, each stands for itself"
 
 
 def test_the_choices_of_a_question_stay_together_in_training():
