@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from minibert.batch import Batch
-from minibert.data.rows import RowData, in_order
+from minibert.data.rows import RowData
 from minibert.data.sentences import split_sentences
+from minibert.data.spool import Joined
 from minibert.data.text import read_documents
 from minibert.files import write_atomically
-from minibert.model import Output
 from minibert.tasks import Task, task_of
-from minibert.tasks.base import BATCH_TOKENS, Example, draw_examples, evaluate
+from minibert.tasks.base import Example, draw_examples, evaluate
 from minibert.tasks.finetune import new_model, numbers
 from minibert.train import TrainConfig
 from minibert.train.optim import adamw
@@ -82,7 +82,9 @@ def write_leads(corpus: Path, file: Path, count: int = 800) -> None:
         sentences = [sentence for paragraph in body for sentence in split_sentences(paragraph)][: BODY[-1]]
         if len(lead) > 200 and len(sentences) in BODY:
             lines.append(json.dumps({"id": number, "sentences": sentences, "summary": lead}))
-    write_atomically(file, "\n".join(lines[:count]) + "\n")
+        if len(lines) == count:
+            break
+    write_atomically(file, "\n".join(lines) + "\n")
 
 
 def ours(line: Line, folder: Path, data: Path, init: Path, seeds: int, dtype: str) -> None:
@@ -97,11 +99,12 @@ def ours(line: Line, folder: Path, data: Path, init: Path, seeds: int, dtype: st
 
 @dataclass
 class Trained:
-    """One run of a line: its options, the task, its examples, and the network before the first step."""
+    """One run of a line: its options, how it trained, the task, its examples, the network before the first step."""
 
     options: dict[str, Any]
+    config: TrainConfig
     task: Task
-    parts: dict[str, list[Example]]
+    parts: dict[str, Sequence[Example]]
     network: nn.Module
     tokenizer: Any
 
@@ -115,16 +118,23 @@ class Trained:
         options = yaml.safe_load((run / "config.yaml").read_text())
         task = chosen_task(options)
         parts = read_parts(task, options)
-        everything = [example for examples in parts.values() for example in examples]
+        everything = Joined(parts.values())
         parts["train"] = draw_examples(parts["train"], options["max_train"], options["seed"])
         task = task.prepared(parts["train"])
         network, tokenizer = new_model(task, everything, options["init"], options["seed"], False, "auto", False)
-        return cls(options, task_of(network), parts, network, tokenizer)
+        config = TrainConfig(**json.loads((run / "run.json").read_text())["config"])
+        return cls(options, config, task_of(network), parts, network, tokenizer)
 
     def data(self) -> RowData:
         rows = self.task.encode(self.tokenizer, self.parts["train"], self.network.config)
         chosen = {name: self.options[name] for name in ("batch_size", "seed", "group_by_length")}
         return RowData(rows, together=self.task.together, dtype=self.task.dtype, **chosen)
+
+    def counterpart(self) -> peers.TransformersTask:
+        """transformers' model of the same weights."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.network.save_pretrained(folder, self.tokenizer)
+            return peers.TransformersTask(Path(folder), self.network)
 
 
 def without_learning(run: Path, line: Line) -> dict[str, float]:
@@ -146,34 +156,29 @@ def without_learning(run: Path, line: Line) -> dict[str, float]:
 def theirs(run: Path, line: Line) -> dict[str, Any]:
     """transformers' model in the place of ours: what its best checkpoint reaches, by split."""
     it = Trained.again(run)
-    data, options = it.data(), it.options
-    epoch = -(-len(data) // options["batch_size"])
-    steps = max(1, round(options["epochs"] * epoch))
-    names = ("lr", "warmup", "schedule", "weight_decay", "clip")
-    config = TrainConfig(steps=steps, **{name: options[name] for name in names})
-    with tempfile.TemporaryDirectory() as folder:
-        it.network.save_pretrained(folder, it.tokenizer)
-        model = peers.TransformersTask(Path(folder), it.network)
-    step = stepper(model, model.loss, config, options["dtype"])
+    data, model, metric = it.data(), it.counterpart(), it.task.metric
+    step = stepper(model, model.loss, it.config)
     best, cursor = {}, 0
-    for number in range(steps):
+    for number in range(it.config.steps):
         batch, cursor = data.next_batch(cursor)
         step(batch, number)
-        if (number + 1) % (options["eval_every"] or epoch) == 0 or number + 1 == steps:
-            found = measured(it, model, "valid")
-            if not best or found[it.task.metric] > best["valid"][it.task.metric]:
-                best = {split: measured(it, model, split) for split in it.parts if split != "train"}
+        if (number + 1) % it.config.eval_every == 0 or number + 1 == it.config.steps:
+            found = numbers(evaluate(it.task, model, it.tokenizer, it.parts["valid"]))
+            if not best or found[metric] > best["valid"][metric]:
+                others = it.parts.keys() - {"train", "valid"}
+                best = {split: numbers(evaluate(it.task, model, it.tokenizer, it.parts[split])) for split in others}
+                best["valid"] = found
     return best
 
 
-def stepper(model: nn.Module, loss: Callable[[Batch], torch.Tensor], config: TrainConfig, dtype: str):
+def stepper(model: nn.Module, loss: Callable[[Batch], torch.Tensor], config: TrainConfig):
     """A training step as in `minibert.train`: the same groups, rates and clipping."""
     optimizer = adamw(model.train(), config.lr, config.weight_decay)
 
     def step(batch: Batch, number: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate(config.progress(number, 0.0))
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
             value = loss(batch)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -183,30 +188,13 @@ def stepper(model: nn.Module, loss: Callable[[Batch], torch.Tensor], config: Tra
     return step
 
 
-@torch.no_grad()
-def measured(it: Trained, model: nn.Module, split: str) -> dict[str, float]:
-    """What our task measures of their scores."""
-    examples, config = it.parts[split], it.network.config
-    rows, scores = it.task.encode(it.tokenizer, examples, config), {}
-    model.eval()
-    for chosen, batch in in_order(rows, BATCH_TOKENS):
-        output: Output = model(batch)
-        scores |= zip(chosen, it.task.scores(output, [rows[i] for i in chosen]), strict=True)
-    model.train()
-    predictions = list(it.task.predict(examples, rows, [scores[i] for i in range(len(rows))], config))
-    return numbers(it.task.measure(examples, predictions, config))
-
-
 def step_times(run: Path, line: Line) -> dict[str, float]:
     """Seconds of a training step, ours and theirs in turn on the same batches: medians, and of the ratio."""
     it = Trained.again(run)
-    config = TrainConfig(steps=1000, lr=it.options["lr"])
-    with tempfile.TemporaryDirectory() as folder:
-        it.network.save_pretrained(folder, it.tokenizer)
-        model = peers.TransformersTask(Path(folder), it.network)
+    model = it.counterpart()
     sides = {
-        "ours": stepper(it.network, lambda batch: it.network(batch).loss, config, it.options["dtype"]),
-        "theirs": stepper(model, model.loss, config, it.options["dtype"]),
+        "ours": stepper(it.network, lambda batch: it.network(batch).loss, it.config),
+        "theirs": stepper(model, model.loss, it.config),
     }
     data, cursor, taken = it.data(), 0, {side: [] for side in sides}
     for number in range(TIMED + 2):

@@ -224,6 +224,11 @@ def padded(sequences: list[np.ndarray], device: str) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
 
 
+def sequences(batch: Batch) -> list[np.ndarray]:
+    """The token ids of each sequence of a packed batch on the CPU."""
+    return [ids.numpy() for ids in batch.input_ids.split(batch.lengths)]
+
+
 def masked_states(output, batch) -> Tensor:
     return output.last_hidden_state[batch["attention_mask"].bool()]
 
@@ -276,9 +281,7 @@ def transformers_trainee(
     call = compiled_call(call, **compiled)
 
     def prepare(batch: Batch):
-        borders = batch.cu_seqlens.tolist()
-        parts = [batch.input_ids[a:b].numpy() for a, b in zip(borders, borders[1:], strict=False)]
-        inputs = padded(parts, place.device)
+        inputs = padded(sequences(batch), place.device)
         labels = torch.full((batch.num_tokens,), IGNORE)
         labels[batch.mlm_rows] = batch.mlm_labels
         mask = inputs["attention_mask"].bool().cpu()
@@ -325,6 +328,7 @@ class TransformersTask(nn.Module):
     def __init__(self, weights: Path, ours: nn.Module):
         super().__init__()
         place, drop = Place(weights=weights), ours.config.hidden_dropout_prob
+        self.config = ours.config  # what a task evaluates by
         self.joint = ours.objective == "BertForJointClassification"
         if not self.joint and ours.objective != "BertForSequenceClassification":
             raise Refused(f"transformers: no counterpart of {ours.objective} is written here")
@@ -334,8 +338,7 @@ class TransformersTask(nn.Module):
             self.drop = nn.Dropout(drop)
 
     def forward(self, batch: Batch) -> Output:
-        borders = batch.cu_seqlens.tolist()
-        inputs = padded([batch.input_ids[a:b].numpy() for a, b in zip(borders, borders[1:], strict=False)], "cpu")
+        inputs = padded(sequences(batch), "cpu")
         if not self.joint:
             return Output(logits=self.model(**inputs).logits)
         found = self.model(**inputs)

@@ -81,7 +81,8 @@ def finetune(
         torch.manual_seed(seed)
         adapt(network, lora, lora_alpha)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
-    encoded = {split: Spool(rows_of(task, tokenizer, part, network.config)) for split, part in parts.items()}
+    encoded = {split: rows_of(task, tokenizer, part, network.config) for split, part in parts.items()}
+    encoded["train"] = Spool(encoded["train"])  # the others are read once, for their hash
     task.initialise(network, encoded["train"])
     if task.together > 1 and training.get("split_on_oom"):
         raise ValueError(f"split_on_oom=True would part what belongs together in {task.name}: use a smaller batch_size")
