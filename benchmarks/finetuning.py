@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -22,11 +22,10 @@ from torch import nn
 from minibert.batch import Batch
 from minibert.data.rows import RowData
 from minibert.data.sentences import split_sentences
-from minibert.data.spool import Joined
 from minibert.data.text import read_documents
 from minibert.files import write_atomically
 from minibert.tasks import Task, task_of
-from minibert.tasks.base import Example, draw_examples, evaluate
+from minibert.tasks.base import Example, evaluate
 from minibert.tasks.finetune import new_model, numbers
 from minibert.train import TrainConfig
 from minibert.train.optim import adamw
@@ -50,19 +49,21 @@ class Line:
 
 LINES = {
     "SST-2": Line("glue/SST-2", "--epochs 1 --lr 2e-4", ("valid accuracy", "valid f1")),
-    "SST-2, part": Line("glue/SST-2", "--max-train 10000 --epochs 1 --lr 2e-4", ("valid accuracy", "valid f1"), True),
+    "SST-2, part": Line("glue/SST-2", "--max-train 5000 --epochs 1 --lr 2e-4", ("valid accuracy", "valid f1"), True),
     "banking77": Line("banking77", "--epochs 4 --lr 3e-4", ("test accuracy", "test f1")),
     "CLINC150": Line(
         "clinc150/data_full.json", "--task intent --epochs 3 --lr 3e-4", ("test accuracy", "test out_of_scope_auroc")
     ),
     "SNIPS": Line("snips", "--task joint --epochs 2 --lr 3e-4", ("test intent_accuracy", "test f1")),
     "SNIPS, part": Line(
-        "snips", "--task joint --max-train 4000 --epochs 3 --lr 3e-4", ("test intent_accuracy", "test f1"), True
+        "snips", "--task joint --max-train 2500 --epochs 3 --lr 3e-4", ("test intent_accuracy", "test f1"), True
     ),
     "SemEval-2010 task 8": Line("semeval2010_task8", "--task relation --epochs 4 --lr 3e-4", ("test f1",)),
     "CoLA": Line("glue/CoLA", "--epochs 2 --lr 2e-4", ("valid accuracy", "valid mcc")),
-    "RTE": Line("glue/RTE", "--epochs 2 --lr 1e-4 --max-length 128 --truncate", ("valid accuracy",)),
-    "STS-B": Line("glue/STS-B", "--task embedding --epochs 1 --lr 2e-5", ("valid spearman", "valid pearson")),
+    "RTE": Line("glue/RTE", "--epochs 1 --lr 2e-4 --max-length 128 --truncate", ("valid accuracy",)),
+    "STS-B": Line(
+        "glue/STS-B", "--task embedding --max-train 2000 --epochs 1 --lr 2e-5", ("valid spearman", "valid pearson")
+    ),
     "SQuAD, by article": Line(
         "squad/dev-v1.1.rebuilt.json",
         "--task qa --epochs 2 --lr 3e-4 --max-train 1500 --max-length 192 --option.stride 64 --eval-every 94",
@@ -78,7 +79,7 @@ def folder_of(out: Path, name: str) -> Path:
     return out / "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def write_leads(corpus: Path, file: Path, count: int = 500) -> None:
+def write_leads(corpus: Path, file: Path, count: int = 300) -> None:
     """Articles as documents to summarise: the first paragraph is the summary of the sentences after it."""
     lines = []
     for number, (lead, *body) in enumerate(read_documents(corpus)):
@@ -120,11 +121,9 @@ class Trained:
 
         options = yaml.safe_load((run / "config.yaml").read_text())
         task = chosen_task(options)
-        parts = read_parts(task, options)
-        everything = Joined(parts.values())
-        parts["train"] = draw_examples(parts["train"], options["max_train"], options["seed"])
-        task = task.prepared(parts["train"])
-        network, tokenizer = new_model(task, everything, options["init"], options["seed"], False, "auto", False)
+        network, tokenizer, parts = new_model(
+            task, read_parts(task, options), options["init"], options["seed"], options["max_train"]
+        )
         config = TrainConfig(**json.loads((run / "run.json").read_text())["config"])
         return cls(options, config, task_of(network), parts, network, tokenizer)
 
@@ -249,6 +248,8 @@ def row_of(name: str, line: Line, folder: Path) -> dict[str, Any]:
         "numbers": {metric: cell["numbers"][metric] for metric in line.metrics}, "without": beside["without"][0],
     }  # fmt: skip
     if line.theirs:
+        from minibert.cli.sweeping import spread
+
         found = {metric: [of(run, metric) for run in beside["theirs"]] for metric in line.metrics}
         row |= {"step": beside["step"][0], "theirs": {metric: spread(values) for metric, values in found.items()}}
     return row
@@ -257,10 +258,6 @@ def row_of(name: str, line: Line, folder: Path) -> dict[str, Any]:
 def of(found: dict[str, dict[str, float]], metric: str) -> float:
     split, name = metric.split()
     return found[split][name]
-
-
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    return {"mean": mean(values), "sd": stdev(values) if len(values) > 1 else None}
 
 
 def minutes(run: Path) -> float:

@@ -96,13 +96,15 @@ def summarise(runs: Mapping[str, tuple[dict[str, Any], dict[str, dict]]]) -> lis
             if all(name in numbers(result[split]) for result in results)  # another seed may hold out no such example
         }
         examples = values.pop("train examples")[0]
-        table = {
-            name: {"mean": float(np.mean(each)), "sd": float(np.std(each, ddof=1)) if len(each) > 1 else None}
-            for name, each in values.items()
-        }
+        table = {name: spread(each) for name, each in values.items()}
         options = {name: value for name, value in options.items() if name != "seed"}
         cells.append({"options": options, "examples": int(examples), "runs": folders, "numbers": table})
     return cells
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation of a sample; of one value there is none."""
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def shown(options: Mapping[str, Any]) -> str:

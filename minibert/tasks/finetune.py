@@ -68,11 +68,8 @@ def finetune(
     for split in ("train", "valid"):
         if not parts.get(split):
             raise ValueError(f"parts has no examples called {split!r}: split_examples makes two parts of one")
-    seed, init = training.get("seed", 0), resolve_model(init)
-    everything = Joined(parts.values())
-    parts = {**parts, "train": draw_examples(parts["train"], max_train, seed)}
-    task = task.prepared(parts["train"])
-    network, tokenizer = new_model(task, everything, init, seed, scratch, backend, allow_pickle)
+    seed = training.get("seed", 0)
+    network, tokenizer, parts = new_model(task, parts, init, seed, max_train, scratch, backend, allow_pickle)
     reinitialise(network, reinit_layers, seed)
     if lora is not None:
         if scratch or reinit_layers:
@@ -116,17 +113,27 @@ def finetune(
 
 
 def new_model(
-    task: Task, examples: Sequence[Example], init, seed: int, scratch: bool, backend: str, allow_pickle: bool
-) -> tuple[nn.Module, Tokenizer]:
-    """The task's head on the weights of `init`, or on new ones, and the tokenizer there."""
+    task: Task,
+    parts: Mapping[str, Sequence[Example]],
+    init: Path | str,
+    seed: int,
+    max_train: int | None = None,
+    scratch: bool = False,
+    backend: str = "auto",
+    allow_pickle: bool = False,
+) -> tuple[nn.Module, Tokenizer, dict[str, Sequence[Example]]]:
+    """The task's head on the weights of `init`, or on new ones; the tokenizer there; the parts, with what is drawn of
+    "train". The arguments are those of `finetune`."""
+    init, drawn = resolve_model(init), draw_examples(parts["train"], max_train, seed)
+    task = task.prepared(drawn)
     torch.manual_seed(seed)
-    changes = task.config(examples)
+    changes = task.config(Joined(parts.values()))
     network = task.head.from_pretrained(init, backend=backend, allow_pickle=allow_pickle, **changes)
     if scratch:
         torch.manual_seed(seed)
         network = task.head(network.config, backend=backend)
         network.new_parameters = tuple(name for name, _ in network.named_parameters())
-    return network, Tokenizer.from_pretrained(init)
+    return network, Tokenizer.from_pretrained(init), {**parts, "train": drawn}
 
 
 def reinitialise(network: nn.Module, layers: int, seed: int) -> None:
