@@ -32,7 +32,8 @@ from minibert.train.optim import adamw
 
 from . import peers
 
-LEADS = "leads.jsonl"  # made of articles, where the folder of sets has none
+ARTICLES = 300  # whose first paragraphs are to be summaries, where the folder of sets has none
+LEADS = f"leads-{ARTICLES}.jsonl"
 BODY = range(8, 41)  # sentences of an article that is summarised
 TIMED = 12  # steps of each side
 
@@ -79,7 +80,7 @@ def folder_of(out: Path, name: str) -> Path:
     return out / "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def write_leads(corpus: Path, file: Path, count: int = 300) -> None:
+def write_leads(corpus: Path, file: Path, count: int = ARTICLES) -> None:
     """Articles as documents to summarise: the first paragraph is the summary of the sentences after it."""
     lines = []
     for number, (lead, *body) in enumerate(read_documents(corpus)):
@@ -96,9 +97,15 @@ def ours(line: Line, folder: Path, data: Path, init: Path, seeds: int, dtype: st
     from minibert.cli import main as minibert  # its packages may be missing where kernels are timed
 
     flags = ["--data", str(data), "--init", str(init), "--out", str(folder), *line.flags.split(), "--dtype", dtype]
-    flags += ["--seeds", str(seeds), "--group-by-length", *(["--resume"] if folder.exists() else [])]
-    if not (folder / "runs.json").exists() and minibert(["finetune", *flags]):
-        sys.exit(f"benchmarks: error: {' '.join(flags)} did not end well")
+    flags += ["--seeds", str(seeds), "--group-by-length"]
+    asked, kept = " ".join(flags), folder / "flags.txt"
+    if folder.exists() and (not kept.exists() or kept.read_text() != asked):
+        sys.exit(f"benchmarks: error: {folder} was not made with {asked}: name another folder with --runs")
+    resume = ["--resume"] if folder.exists() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, asked)
+    if not (folder / "runs.json").exists() and minibert(["finetune", *flags, *resume]):
+        sys.exit(f"benchmarks: error: {asked} did not end well")
 
 
 @dataclass
@@ -244,7 +251,7 @@ def row_of(name: str, line: Line, folder: Path) -> dict[str, Any]:
         "suite": "finetune", "case": name, "provider": "minibert", "flags": line.flags, "runs": len(runs),
         "examples": cell["examples"], "minutes": mean(minutes(run) for run in runs),
         "cpu": record["machine"]["processor"], "threads": record["machine"]["threads"],
-        "dtype": record["config"]["dtype"], "commit": record["git"]["commit"],
+        "dtype": record["config"]["dtype"], "commit": (record["git"] or {}).get("commit"),
         "numbers": {metric: cell["numbers"][metric] for metric in line.metrics}, "without": beside["without"][0],
     }  # fmt: skip
     if line.theirs:
@@ -261,7 +268,9 @@ def of(found: dict[str, dict[str, float]], metric: str) -> float:
 
 
 def minutes(run: Path) -> float:
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["seconds"] / 60
+    """Of all the processes that made it: the clock of each begins at zero."""
+    seconds = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return sum(one for one, then in zip(seconds, [*seconds[1:], 0], strict=True) if then < one) / 60
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -399,12 +399,11 @@ def hf_config(config: BertConfig, architecture: str) -> dict[str, Any]:
     extra = {
         "architectures": [architecture],
         "model_type": "bert" if slots == SLOTS else "minibert",
-        "position_embedding_type": "absolute",
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
         "dtype": "float32",
     }
-    return values | extra | ({} if slots == SLOTS else slots)
+    return values | extra | ({"position_embedding_type": "absolute"} if slots == SLOTS else slots)
 
 
 def save_pretrained(

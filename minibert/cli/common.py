@@ -183,7 +183,8 @@ def print_result(result: Mapping[str, Any], as_json: bool, file=None) -> None:
             table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
     for name, rows in nested.items():
-        columns = list(next(iter(rows.values()))) if all(isinstance(row, dict) for row in rows.values()) else []
+        tabular = rows and all(isinstance(row, dict) for row in rows.values())
+        columns = list(next(iter(rows.values()))) if tabular else []
         inner = Table(Column(name, no_wrap=True), *(columns or [""]))
         for row, values in rows.items():
             cells = [values[c] for c in columns] if columns else [values]

@@ -32,8 +32,9 @@ from ..tasks import (
 from ..tasks import evaluate as measure
 from ..tasks import predict as answer
 from ..tasks.base import CHUNK, printable
+from ..tasks.finetune import ALPHA, check_lora
 from ..tasks.finetune import finetune as fit
-from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, World, resolve_model
+from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, TrainConfig, World, resolve_model
 from .common import (
     BadRecords,
     check_backend,
@@ -113,7 +114,7 @@ def finetune(
     scratch: Annotated[bool, "take the architecture and tokenizer of --init, and new weights"] = False,
     reinit_layers: Annotated[int, "draw new weights for so many of the last layers, and for the pooler"] = 0,
     lora: Annotated[int | None, "freeze the encoder, and learn additions of this rank to its weights"] = None,
-    lora_alpha: Annotated[float, "the additions count alpha / rank"] = 16,
+    lora_alpha: Annotated[float, "the additions count alpha / rank"] = ALPHA,
     epochs: Annotated[float, "passes over the training examples, where --steps is not given"] = 3,
     steps: Steps = None,
     batch_size: BatchSize = 32,
@@ -167,7 +168,12 @@ def finetune(
     check_backend(backend, options["device"])
     source, runs, results = resolve_model(init), grid(options), {}
     options |= {"seeds": 1, "sweep": {}, "learning_curve": []}  # a run's config.yaml is of that run
-    tasks = {folder: chosen_task(options | changes) for folder, changes in runs.items()}
+    tasks = {}
+    for folder, changes in runs.items():  # what cannot be is refused before hours of work
+        every = options | changes
+        tasks[folder] = chosen_task(every)
+        check_lora(**pick(every, "lora lora_alpha scratch reinit_layers"))
+        TrainConfig(**pick(every, TRAINING), steps=1)
     if learning_curve:
         figure_class()  # where there is none, say so before hours of work
     for number, (folder, changes) in enumerate(runs.items(), 1):

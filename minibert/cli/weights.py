@@ -92,6 +92,8 @@ def convert(
     network.save_pretrained(out, Tokenizer.from_pretrained(source) if has_tokenizer else None)
     copy_card(source, Path(out))
     say(f"{network.objective}, {network.num_parameters():,} parameters, in {out}")
+    if hub.hf_config(network.config, network.objective)["model_type"] != "bert":
+        say("its architecture is none of transformers' BERT: minibert alone loads it")
 
 
 def info(

@@ -219,8 +219,10 @@ def _txt_format(path: Path) -> str:
         return "semeval"
     if re.search(r"\t[01]\s*$", start[0]):
         return "uci"
-    rows = [_words(line) for line in start[:2] if not line.startswith("-DOCSTART-")]
-    return "conll" if rows and all(len(row) > 1 and TAG.fullmatch(row[-1]) for row in rows) else LINES
+    rows = [_words(line) for line in start if not line.startswith("-DOCSTART-")][:2]
+    # two of one width: a single line may be a text that ends as a tag does
+    columns = [len(row) for row in rows if len(row) > 1 and TAG.fullmatch(row[-1])]
+    return "conll" if len(columns) == 2 and columns[0] == columns[1] else LINES
 
 
 def _words(line: str) -> list[str]:

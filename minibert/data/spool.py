@@ -4,14 +4,26 @@ import os
 import pickle
 import tempfile
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class Spool(Sequence[T]):
+class Items(Sequence[T]):
+    """A sequence whose `item` takes a number from 0; a slice of it is a `Part`."""
+
+    def item(self, number: int) -> T:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int | slice) -> Any:
+        number = range(len(self))[index]
+        return Part(self, number) if isinstance(index, slice) else self.item(number)
+
+
+class Spool(Items[T]):
     """The items, in a temporary file without a name, which is gone with this object; 8 bytes of memory for each.
 
     Raises OSError where the disk of temporary files (TMPDIR) is full.
@@ -27,14 +39,12 @@ class Spool(Sequence[T]):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, index: int) -> T:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        start, end = self.ends[index % len(self)], self.ends[index % len(self) + 1]
+    def item(self, number: int) -> T:
+        start, end = self.ends[number : number + 2]
         return pickle.loads(os.pread(self.file.fileno(), end - start, start))
 
 
-class Part(Sequence[T]):
+class Part(Items[T]):
     """The items with these numbers, in this order."""
 
     def __init__(self, items: Sequence[T], numbers: Iterable[int]):
@@ -43,8 +53,8 @@ class Part(Sequence[T]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> T:
-        return self.items[self.numbers[index]]
+    def item(self, number: int) -> T:
+        return self.items[self.numbers[number]]
 
 
 def take(items: Sequence[T], numbers: Iterable[int]) -> Sequence[T]:
@@ -52,7 +62,7 @@ def take(items: Sequence[T], numbers: Iterable[int]) -> Sequence[T]:
     return [items[number] for number in numbers] if isinstance(items, list) else Part(items, numbers)
 
 
-class Joined(Sequence[T]):
+class Joined(Items[T]):
     """The items of several sequences, one after the other."""
 
     def __init__(self, parts: Iterable[Sequence[T]]):
@@ -62,8 +72,6 @@ class Joined(Sequence[T]):
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
-    def __getitem__(self, index: int) -> T:
-        for part, end in zip(self.parts, self.ends, strict=True):
-            if index < end:
-                return part[index - end + len(part)]
-        raise IndexError(index)
+    def item(self, number: int) -> T:
+        part = bisect_right(self.ends, number)
+        return self.parts[part][number - self.ends[part] + len(self.parts[part])]

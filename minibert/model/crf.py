@@ -5,8 +5,8 @@ in float32. The rows that are read stand in the order of their sequences, as `co
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,12 +39,13 @@ def begin_chain(crf: nn.Module, sentences: Iterable[Sequence[int]]) -> None:
     From scores near 0, at an encoder's rates, nothing would come of them in the few thousand steps of fine-tuning.
     """
     edge = crf.num_tags  # what stands before the first tag and behind the last
-    counts = torch.full((edge + 1, edge + 1), UNSEEN)
+    counts = np.zeros((edge + 1, edge + 1), dtype=np.int64)
     for tags in sentences:
-        for step in pairwise([edge, *tags, edge]) if len(tags) else ():
-            counts[step] += 1
-    counts[edge, edge] = 0
-    scores = (counts / counts.sum(1, keepdim=True)).log()
+        steps = np.array([edge, *tags, edge])
+        np.add.at(counts, (steps[:-1], steps[1:]), 1)
+    shares = counts + UNSEEN
+    shares[edge, edge] = 0
+    scores = torch.from_numpy(shares / shares.sum(1, keepdims=True)).log()
     crf.transitions.copy_(scores[:edge, :edge])
     crf.start_transitions.copy_(scores[edge, :edge])
     crf.end_transitions.copy_(scores[:edge, edge])
@@ -66,17 +67,19 @@ def tag_loss(crf: nn.Module | None, logits: Tensor, labels: Tensor, batch: Batch
 
 def best_tags(crf: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """The likeliest tags of each sequence together (Viterbi) [N], and the marginal probability of each of them [N]."""
-    logits = logits.detach().float()
     if not len(logits):
         return logits.new_zeros(0, dtype=torch.int64), logits.new_zeros(0)
-    at = places(batch, torch.arange(len(logits), device=logits.device))
-    paths = crf.decode(padded(logits, at), mask=at[2])
-    tags = torch.tensor([tag for path in paths for tag in path], device=logits.device)
-    with torch.enable_grad():
-        logits.requires_grad_()
-        # d log p(tags) / d logits is 1 at the tags, less the marginal probability everywhere
-        (gradient,) = torch.autograd.grad(log_likelihood(crf, logits, tags, at), logits)
-    return tags, (1 - gradient.gather(1, tags[:, None])).squeeze(1).clamp(0, 1)
+    with torch.inference_mode(False):  # there is a gradient below, which inference mode has none of
+        logits = logits.detach().float().clone()
+        at = places(batch, torch.arange(len(logits), device=logits.device))
+        with torch.no_grad():
+            paths = crf.decode(padded(logits, at), mask=at[2])
+        tags = torch.tensor([tag for path in paths for tag in path], device=logits.device)
+        with torch.enable_grad():
+            logits.requires_grad_()
+            # d log p(tags) / d logits is 1 at the tags, less the marginal probability everywhere
+            (gradient,) = torch.autograd.grad(log_likelihood(crf, logits, tags, at), logits)
+        return tags, (1 - gradient.gather(1, tags[:, None])).squeeze(1).clamp(0, 1)
 
 
 def log_likelihood(crf: nn.Module, logits: Tensor, tags: Tensor, at: tuple[Tensor, Tensor, Tensor]) -> Tensor:

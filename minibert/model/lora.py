@@ -39,9 +39,11 @@ def adapt(model: nn.Module, rank: int, alpha: float) -> None:
         raise ValueError(f"lora={rank!r} is not a rank: expected a whole number from 1 to {widest}, the hidden size")
     if not 0 < alpha < math.inf:
         raise ValueError(f"lora_alpha={alpha!r} is not a positive number")
+    body = getattr(model, "bert", model)  # a model of embeddings is an encoder itself
+    frozen = set(body.parameters())
     for name, p in model.named_parameters():
-        p.requires_grad_(not name.startswith("bert.") or name in model.new_parameters)
-    for parent in list(model.bert.encoder.modules()):
+        p.requires_grad_(p not in frozen or name in model.new_parameters)
+    for parent in list(body.encoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, LowRank(child, rank, alpha))

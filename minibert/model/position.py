@@ -64,7 +64,8 @@ class Rotary(Position):
 class Alibi(Position):
     """Scores fall with the distance, in each head by a slope of its own (Press et al., 2022), in both directions.
 
-    The slopes of H heads are 2^(-8/H), 2^(-16/H) … 2^-8, as in their paper where H is a power of two.
+    The slopes of H heads are 2^(-8/H), 2^(-16/H) … 2^-8, as in their paper where H is a power of two. Distances are
+    counted in tokens of the packed sequence: `position_ids` change nothing.
     """
 
     def __init__(self, config: BertConfig):

@@ -5,6 +5,7 @@ A task is one file and one line of the table `TASKS`. Nothing here knows any of 
 
 import dataclasses
 import itertools
+import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,12 +99,15 @@ class Task:
         """The task with these options.
 
         Raises:
-            ValueError: one it does not have, with the nearest it has, or one that is no number where a number is due.
+            ValueError: one it does not have, with the nearest it has, or one that is no number, or no whole or finite
+                one, where such is due.
         """
         refuse_unknown(options, cls, f"{cls.name} option")
         for option in dataclasses.fields(cls):
             value, default = options.get(option.name, option.default), option.default
-            if type(default) in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if type(default) is int and type(value) is not int:
+                raise ValueError(f"{option.name}={value!r} is not a whole number")
+            if type(default) is float and not (type(value) in (int, float) and math.isfinite(value)):
                 raise ValueError(f"{option.name}={value!r} is not a number")
             if isinstance(default, bool) and not isinstance(value, bool):
                 raise ValueError(f"{option.name}={value!r} is not true or false")

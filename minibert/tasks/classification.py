@@ -118,12 +118,13 @@ class Classification(Task):
         return {name: counts.total() / (len(counts) * count) for name, count in sorted(counts.items())}
 
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
-        return label_names([label for example in examples for label in self.taught(example)], examples[0].where)
+        return label_names((label for example in examples for label in self.taught(example)), examples[0].where)
 
     def config(self, examples: Sequence[Example]) -> dict[str, Any]:
+        made = super().config(examples)
         for name in self.class_weights or ():
-            one_of("class_weights", name, self.names(examples))
-        return {**super().config(examples), "problem_type": self.problem}
+            one_of("class_weights", name, made["id2label"])
+        return {**made, "problem_type": self.problem}
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
         limit = self.limit(config)

@@ -21,6 +21,8 @@ from ..train import Result, Run, TrainConfig, claim, resolve_model, train
 from . import task_of
 from .base import CHUNK, Example, Task, draw_examples, evaluate
 
+ALPHA = 16  # of low-rank adaptation, over its rank
+
 
 def finetune(
     task: Task,
@@ -37,7 +39,7 @@ def finetune(
     reinit_layers: int = 0,
     group_by_length: bool = False,
     lora: int | None = None,
-    lora_alpha: float = 16,
+    lora_alpha: float = ALPHA,
     backend: str = "auto",
     allow_pickle: bool = False,
     resume: bool = False,
@@ -68,13 +70,11 @@ def finetune(
     for split in ("train", "valid"):
         if not parts.get(split):
             raise ValueError(f"parts has no examples called {split!r}: split_examples makes two parts of one")
+    check_lora(lora, lora_alpha, scratch, reinit_layers)
     seed = training.get("seed", 0)
     network, tokenizer, parts = new_model(task, parts, init, seed, max_train, scratch, backend, allow_pickle)
     reinitialise(network, reinit_layers, seed)
     if lora is not None:
-        if scratch or reinit_layers:
-            name = "scratch=True" if scratch else f"reinit_layers={reinit_layers}"
-            raise ValueError(f"lora={lora} would freeze the new weights of {name}: use one of the two")
         torch.manual_seed(seed)
         adapt(network, lora, lora_alpha)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
@@ -110,6 +110,15 @@ def finetune(
     with claim(run_dir, resume) as run:
         begin(run, network)
         return train(network, data, check, config, run, tokenizer, parts=task.parts, settings=settings)
+
+
+def check_lora(lora: int | None, lora_alpha: float, scratch: bool, reinit_layers: int) -> None:
+    """Refuse what does not go together with low-rank adaptation, or has no sense without."""
+    if lora is None and lora_alpha != ALPHA:
+        raise ValueError(f"lora_alpha={lora_alpha} scales what lora adds: give lora, too")
+    if lora is not None and (scratch or reinit_layers):
+        name = "scratch=True" if scratch else f"reinit_layers={reinit_layers}"
+        raise ValueError(f"lora={lora} would freeze the new weights of {name}: use one of the two")
 
 
 def new_model(

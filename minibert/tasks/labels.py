@@ -1,7 +1,7 @@
 """What several tasks share: names of labels, lengths, probabilities, and what a prediction repeats of its texts."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from .base import Example, Mistake
 NOTHING = "(none)"  # in a verdict, where no class is right or none was said
 
 
-def label_names(labels: Sequence[str], where: str) -> tuple[str, ...]:
+def label_names(labels: Iterable[str], where: str) -> tuple[str, ...]:
     """The distinct labels, numbers in their order, else alphabetical.
 
     Raises:

@@ -72,7 +72,7 @@ class Tagging(Task):
         return example.target
 
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
-        return label_names([tag for example in examples for tag in self.tags(example)], examples[0].where)
+        return label_names((tag for example in examples for tag in self.tags(example)), examples[0].where)
 
     def config(self, examples):
         return {"id2label": self.names(examples), **dataclasses.replace(self, **self.found(examples)).kept()}
@@ -107,7 +107,7 @@ class Tagging(Task):
 
     def initialise(self, model, rows):
         if "crf.transitions" in model.new_parameters:
-            begin_chain(model.crf, [row.tags for row in rows])
+            begin_chain(model.crf, (row.tags for row in rows))
 
     def parts(self, batch):
         return {"loss": int((batch.token_labels != IGNORE).sum())}
@@ -194,7 +194,7 @@ class Joint(Tagging):
         return None if example.target is None else example.target[1]
 
     def found(self, examples):
-        intents = label_names([example.target[0] for example in examples], examples[0].where)
+        intents = label_names((example.target[0] for example in examples), examples[0].where)
         return super().found(examples) | {"intents": intents}
 
     def label(self, example):

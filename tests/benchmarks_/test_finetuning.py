@@ -72,6 +72,14 @@ def test_only_what_is_asked_for_is_made(sets, tmp_path):
     finetuning.LINES["texts"] = Line("texts", "--steps 2", ("valid accuracy",))
     assert main([*sets, "--only", "texts"]) == 0
     assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["texts"]
+    finetuning.LINES["texts"] = Line("texts", "--steps 3", ("valid accuracy",))
+    with pytest.raises(SystemExit, match="runs/texts was not made with .* --steps 3 .*: name another folder with"):
+        main([*sets, "--only", "texts"])
+
+
+def test_the_minutes_of_a_run_are_those_of_all_its_processes(tmp_path):
+    write_jsonl(tmp_path / "metrics.jsonl", [{"seconds": seconds} for seconds in (30, 60, 15, 45, 15)])
+    assert finetuning.minutes(tmp_path) == 2
 
 
 def test_one_seed_is_too_few(sets, capsys):

@@ -8,6 +8,7 @@ from small import TOKENIZER, build
 
 from minibert import BertForMaskedLM, BertForSequenceClassification, BertModel
 from minibert.cli import main
+from minibert.cli.common import print_result
 from minibert.cli.sweeping import summarise
 from minibert.tasks.pipelines import pipeline
 from minibert.train import METRICS, latest, read_metrics
@@ -294,3 +295,8 @@ def test_texts_and_pairs_in_one_file_are_named(run, tmp_path):
     data = write_jsonl(tmp_path / "mixed.jsonl", [*rows, {"sentence1": "a", "sentence2": "b", "label": "a"}])
     code, said = run(f"--data {data}")
     assert code == 2 and "mixed.jsonl:13: 2 texts, " in said
+
+
+def test_a_table_without_rows_is_printed(capsys):
+    print_result({"f1": 0.0, "per_class": {}}, as_json=False)  # as of held-out sentences without an entity
+    assert "per_class" in capsys.readouterr().out

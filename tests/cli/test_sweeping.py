@@ -102,6 +102,21 @@ def test_a_learning_curve_over_seeds_is_kept_drawn_and_resumed(pretrained, tmp_p
     assert weights[0] == weights[1], "the config.yaml of a run is of that run alone"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sweep", "{max_train: [20, -3]}"], "max_train=-3 is not positive"),
+        (["--learning-curve", "20", "0"], "max_train=0 is not positive"),
+        (["--lora", "2", "--sweep", "{scratch: [false, true]}"], "lora=2 would freeze the new weights of scratch=True"),
+        (["--sweep", "{ema: [0.9, 2]}"], "ema=2"),
+        (["--lora-alpha", "8"], "lora_alpha=8.0 scales what lora adds: give lora, too"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_run(flags, message, pretrained, tmp_path, capsys):
+    assert main([*f"finetune --data {REVIEWS} --init {pretrained} --out {tmp_path / 'runs'}".split(), *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(("rates", "code"), [("1e37, 1e38", 1), ("1e37, 1e-4", 0)])
 def test_runs_that_break_are_left_out_and_are_an_error_where_none_is_left(rates, code, pretrained, tmp_path, capsys):
     command = f"finetune --data {REVIEWS} --init {pretrained} --out {tmp_path} --truncate --max-train 40 --steps 4"

@@ -147,6 +147,11 @@ def test_plain_lines_are_records_where_somebody_says_what_they_hold(tmp_path):
     records = list(Source((path,)).records(seen.append, shout))
     assert [record.fields["text"] for record in records] == ["I LOVE IT", "IT BROKE NOW", "A\tB"]
     assert records[2].where == f"{path}:4" and [str(error) for error in seen] == [f"{path}:5: a question"]
+    for texts in (["Send me an E-mail"], ["I flew a B-52", "Not an A or an O"]):  # that end as tags do
+        file = put(tmp_path / "b.txt", "\n".join(texts))
+        assert [record.fields["text"] for record in Source((file,)).records(fields_of=shout)] == [
+            text.upper() for text in texts
+        ]
     for name, content, expected in (CONTAINERS[kind] for kind in ("uci", "conll", "semeval")):
         source = Source((put(tmp_path / "x" / name, content),))
         assert [record.fields for record in source.records(fields_of=shout)] == fields(expected)

@@ -29,7 +29,13 @@ def test_parts_and_joined_sequences_are_views():
     first, second = Spool(ITEMS[:3]), ITEMS[3:]
     joined = Joined([first, [], second])
     assert list(joined) == ITEMS and len(joined) == 7 and joined[4] == ITEMS[4]
+    assert joined[-1] == ITEMS[6] and list(joined[1:6:2]) == ITEMS[1:6:2] and list(first[:-1]) == ITEMS[:2]
     part = Part(joined, [5, 0, 5])
+    assert part[-1] == ITEMS[5] and list(part[1:]) == [ITEMS[0], ITEMS[5]]
+    for one in (joined, part):
+        for index in (len(one), -len(one) - 1):
+            with pytest.raises(IndexError):
+                one[index]
     assert list(part) == [ITEMS[5], ITEMS[0], ITEMS[5]] and len(part) == 3
     assert take(second, [1, 0]) == [ITEMS[4], ITEMS[3]]
     assert isinstance(take(first, [1]), Part)

@@ -90,6 +90,17 @@ def test_a_batch_of_no_words_has_no_tags(crf):
     assert tags.shape == sure.shape == (0,)
 
 
+def test_tags_are_found_in_inference_mode_too():
+    model = build(BertForTokenClassification, id2label=("a", "b"), task_specific_params={"crf": True}).eval()
+    batch = packed(padded())
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            output = model(dataclasses.replace(batch, cu_seqlens=batch.cu_seqlens.clone()))
+        found.append((output.tags, output.tag_probabilities))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True)) and len(found[0][0]) == batch.num_tokens
+
+
 def test_new_scores_are_the_chain_that_the_tags_themselves_are(crf):
     begin_chain(crf, [[0, 1, 1], [0, 1], [2], []] * 40)
     # the shares of all paths of all lengths are 1 in sum: the score is the log of one

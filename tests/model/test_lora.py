@@ -10,6 +10,7 @@ from small import build, gradients, packed, padded, refused
 from minibert.model import (
     BertForMaskedLM,
     BertForQuestionAnswering,
+    BertForSentenceEmbedding,
     BertForSequenceClassification,
     BertForTokenClassification,
 )
@@ -83,6 +84,13 @@ def test_a_head_what_is_new_and_the_factors_of_every_layer_learn_and_nothing_els
     factors = {f"bert.encoder.layers.{n}.{layer}.{part}" for n in range(2) for layer in layers for part in "ab"}
     assert learned(model).keys() == factors | {"classifier.weight", "classifier.bias", *model.new_parameters}
     assert "bert.pooler.dense.weight" not in learned(adapted())
+
+
+def test_of_a_model_of_embeddings_the_factors_alone_learn():
+    model = build(BertForSentenceEmbedding)
+    adapt(model, 3, 7)
+    assert learned(model).keys() == {f"{name}.{part}" for name, _ in low_rank(model) for part in "ab"}
+    assert len(list(low_rank(model))) == 2 * 4
 
 
 def test_what_does_not_learn_has_no_moments_and_stays_bit_for_bit():

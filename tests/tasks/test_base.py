@@ -175,7 +175,9 @@ def test_what_is_fitted_is_measured_and_kept(model):
     [
         ("multilabel", "threshold", "abc", "threshold='abc' is not a number"),
         ("qa", "threshold", True, "threshold=True is not a number"),
-        ("summary", "sentences", "3", "sentences='3' is not a number"),
+        ("intent", "threshold", float("nan"), "threshold=nan is not a number"),
+        ("summary", "sentences", "3", "sentences='3' is not a whole number"),
+        ("summary", "sentences", 2.5, "sentences=2.5 is not a whole number"),
         ("embedding", "normalize", 1, "normalize=1 is not true or false"),
     ],
 )
