@@ -4,6 +4,7 @@ import dataclasses
 import json as jsonlib
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,7 @@ from ..tasks import predict as answer
 from ..tasks.base import CHUNK, printable
 from ..tasks.finetune import ALPHA, check_lora
 from ..tasks.finetune import finetune as fit
-from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, TrainConfig, World, resolve_model
+from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, TrainConfig, World, read_trainer, resolve_model
 from .common import (
     BadRecords,
     check_backend,
@@ -297,7 +298,7 @@ def evaluate(
     json: Json = False,
     report: Annotated[str | None, "page to write, html: what a fine-tuned model reaches, its worst mistakes"] = None,
     objectives: Annotated[
-        list[str], "of a pretrained model; by default clm of a causal one, else mlm, and nsp where there is its head"
+        list[str], "of a pretrained model; by default those of its run, else those that it has heads for"
     ] = [],  # noqa: B006
 ) -> None:
     """Measure a model on labelled examples, or a pretrained one on text.
@@ -337,7 +338,8 @@ def evaluate_on_text(
 ) -> dict:
     """The numbers of the objectives, or of those that the model has heads for, on a token store or on text."""
     pairs = not network.config.causal and not any(name.startswith("nsp.") for name in network.new_parameters)
-    chosen = objectives or (["clm"] if network.config.causal else ["mlm", "nsp"] if pairs else ["mlm"])
+    usual = ["clm"] if network.config.causal else ["mlm", "nsp"] if pairs else ["mlm"]
+    chosen = objectives or learned_objectives(source) or usual
     check_causal(network.config, chosen)
     if not pairs and {"nsp", "sop"} & set(chosen):
         raise ValueError(f"{source} has no head for pairs: leave nsp and sop out of the objectives")
@@ -349,6 +351,13 @@ def evaluate_on_text(
             chosen = ["mlm"]
         samples = PretrainingData(store, store.tokenizer, seed=seed, max_length=length, objectives=chosen)
         return pretraining.evaluate(network, samples.evaluation_batches(), device)
+
+
+def learned_objectives(source: Path) -> list[str]:
+    """What a checkpoint of `pretrain` learned; nothing where weights are all that there is."""
+    with suppress(ValueError):
+        return read_trainer(source)["settings"].get("objectives", [])
+    return []
 
 
 def predict(

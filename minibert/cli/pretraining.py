@@ -30,6 +30,7 @@ from ..train import (
     World,
     claim,
     latest,
+    package_of,
     resolve_model,
     train,
 )
@@ -205,6 +206,8 @@ def plan(options: dict[str, Any], start: Path | None, phase: int | None = None) 
         raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")
     check_masking(*pick(options, "mask_rate mask_unit max_span mask_count").values())
     check_backend(options["backend"], config.device)
+    if config.writer:
+        package_of(config.writer)
     return Plan(options, config, planned_config(options, start))
 
 

@@ -1,6 +1,6 @@
 """Training: the loop, its checkpoints and its log, and what they are made of."""
 
-from .checkpoint import FREE, CheckpointError, Run, best, latest, phases, resolve_model, verify
+from .checkpoint import FREE, CheckpointError, Run, best, latest, phases, read_trainer, resolve_model, verify
 from .distributed import PeerFailed, World, claim, join, started
 from .log import METRICS, TIMING_FIELDS, read_metrics
 from .loop import (
@@ -15,7 +15,7 @@ from .loop import (
 from .optim import OPTIMIZERS, Lamb, adamw, lamb, param_groups
 from .recipes import RECIPES, recipe_options
 from .schedule import SCHEDULES
-from .writers import WRITERS
+from .writers import WRITERS, package_of
 
 __all__ = [
     "FREE",
@@ -42,9 +42,11 @@ __all__ = [
     "lamb",
     "latest",
     "mean_over_sequences",
+    "package_of",
     "param_groups",
     "phases",
     "read_metrics",
+    "read_trainer",
     "recipe_options",
     "resolve_model",
     "started",

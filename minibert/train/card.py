@@ -140,7 +140,7 @@ def _facts(run: Mapping, model: torch.nn.Module, state: Mapping) -> Iterator[str
     if "objectives" in settings:
         yield f"It learned {', '.join(settings['objectives'])}."
     if "task" in settings:
-        yield f"It learned {settings['task']} of texts: {', '.join(shape.id2label)}."
+        yield f"It learned {settings['task']['finetuning_task']} of texts: {', '.join(shape.id2label)}."
     yield from _data_facts(settings, run["data_sha256"])
     if state["metrics"]:
         yield f"Its last evaluation: {_numbers(state['metrics'])}."

@@ -340,6 +340,8 @@ class Trainer:
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
+                if self.step == 1 and config.minutes and busy > 6 * config.minutes:
+                    logger.warning("a step takes a tenth of minutes=%g: take a smaller model or batch", config.minutes)
                 self.over = self._is_over()
                 evaluated = self.evaluate is not None and self._due(config.eval_every)
                 improved = evaluated and self._evaluate()

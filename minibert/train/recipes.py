@@ -74,6 +74,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")  # which a model has of its own
 # an option of a recipe that means nothing beside another one that was given
 REPLACED = {"steps": ("minutes",), "minutes": ("steps",), "mask_count": ("mask_rate", "batch_tokens")}
 SHARES = ("steps", "minutes")  # what a phase gets of that which is given for all of them
@@ -81,6 +82,8 @@ SHARES = ("steps", "minutes")  # what a phase gets of that which is given for al
 
 def recipe_options(name: str, given: Iterable[str] = ()) -> dict[str, Any]:
     """The options of a recipe, without those that the given ones replace: `minutes` replaces `steps`, and so on.
+
+    A `model` that is given has its own sizes.
 
     What is given replaces the same in its phases, too, but for their steps: by those it is shared out.
     Raises:
@@ -93,6 +96,8 @@ def recipe_options(name: str, given: Iterable[str] = ()) -> dict[str, Any]:
         return given.isdisjoint(REPLACED.get(key, ()))
 
     options = {key: value for key, value in RECIPES[name].items() if stays(key)}
+    if "model" in given and "arch" in options:
+        options["arch"] = {key: value for key, value in options["arch"].items() if key not in SIZES}
     if "phases" in options:
         options["phases"] = [
             {key: value for key, value in phase.items() if key in SHARES or (key not in given and stays(key))}

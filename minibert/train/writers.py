@@ -16,7 +16,7 @@ class TensorBoard:
     """Event files in the run's folder `tensorboard`, one for each process of a run."""
 
     def __init__(self, run: Path):
-        self.writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+        self.writer = package_of("tensorboard").SummaryWriter(str(run / "tensorboard"))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -30,7 +30,7 @@ class Tracker:
     """Weights & Biases, or trackio, which has the same three functions; a resumed run is a new one there."""
 
     def __init__(self, package: str, run: Path):
-        self.package = _import(package, package)
+        self.package = package_of(package)
         self.package.init(project="minibert", name=str(run))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -52,8 +52,13 @@ def numbers_of(record: Mapping) -> dict[str, float]:
     return {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
 
 
-def _import(module: str, package: str):
+def package_of(word: str):
+    """The module that a writer writes with.
+
+    Raises:
+        ValueError: its package is missing.
+    """
     try:
-        return importlib.import_module(module)
+        return importlib.import_module("torch.utils.tensorboard" if word == "tensorboard" else word)
     except ImportError:
-        raise ValueError(f"writer={package!r} needs one more package: pip install {package}") from None
+        raise ValueError(f"writer={word!r} needs one more package: pip install {word}") from None

@@ -88,6 +88,8 @@ def test_flags_and_files_override_a_recipe(tmp_path):
     assert (options["lr"], options["beta2"], options["mask_rate"], options["warmup"]) == (0.125, 0.5, 0.2, 0.06)
     assert options["arch"] == RECIPES["mosaic"]["arch"] | {"num_hidden_layers": 3}
     assert options_of("--recipe", "mosaic")["arch"] == RECIPES["mosaic"]["arch"]
+    small = options_of("--recipe", "crammed", "--model", "bert-tiny")  # whose sizes are its own
+    assert small["arch"] == {"ffn": "geglu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def test_a_recipe_fits_itself_to_the_time_or_the_steps_given():

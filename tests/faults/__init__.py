@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import damage, disk, hostile, non_finite, resuming, saving, sharing
+from . import damage, disk, hostile, non_finite, ranks, resuming, saving, sharing
 from .common import NotHere, Tally
 
 
@@ -40,6 +40,7 @@ FAULTS = (
     Fault("no permission to write", disk.without_permission, 10, 2),
     Fault("a second run on a directory", sharing.two_runs, 10, 2),
     Fault("four processes claim a directory at once", sharing.contenders, 4000, 400),
+    Fault("SIGKILL to one of two processes under torchrun", ranks.killed, 10, 1),
     Fault("loss or gradient not finite, logged or not", non_finite.not_finite, 6, 6),
     Fault("the same, to be passed over", non_finite.passed_over, 6, 1),
     Fault("hostile pickle", hostile.pickles, 12, 12),

@@ -89,7 +89,7 @@ def test_the_state_of_the_repository_is_the_one_around_the_working_directory(tmp
 
 
 def test_the_card_says_what_was_trained_on_what_and_how_well(tmp_path):
-    settings = {"task": "classification", "examples": {"train": 1152, "valid": 384}, "data": DATA}
+    settings = {"task": {"finetuning_task": "classification"}, "examples": {"train": 1152, "valid": 384}, "data": DATA}
     config = make_config(eval_every=5, best_metric="loss")
     _, result = run(tmp_path, config=config, evaluate=evaluate_loss, settings=settings)
     lines = sentences(tmp_path / "step-10")

@@ -2,11 +2,8 @@
 
 import os
 import pickle
-import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +15,7 @@ from test_loop import Crash, assert_runs_are_equal, crash_at, log_of
 from tiny_run import KINDS, Stream, evaluate_loss, make_config, make_model, run
 
 from minibert.cli import main
-from minibert.data import Tokenizer, build_store, read_documents
-from minibert.data.sample import write_sample_corpus
-from minibert.train import NonFiniteError, World, checkpoint, claim, join, latest, read_metrics, train
+from minibert.train import NonFiniteError, World, checkpoint, claim, join, latest, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (5, 2, 7)  # so that micro-batches, and what is labelled in them, are of unequal size
@@ -263,61 +258,6 @@ def test_a_machine_with_fewer_gpus_than_processes_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="device='cuda:0' is one GPU for 4 processes: use device=cuda, each its own"):
         World(2, 4).place(torch.device("cuda:0"))
     assert World(2, 4).place(torch.device("cpu")) == torch.device("cpu")
-
-
-def torchrun(options, command, output):
-    """torchrun as a process, all of whose output goes into a file."""
-    launcher = f"{sys.executable} -m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d"
-    launcher += " --rdzv-endpoint localhost:0"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    with open(output, "w") as file:
-        return subprocess.Popen(
-            [*launcher.split(), *options.split(), "-m", "minibert.cli", *command.split()],
-            env=environment, stdout=file, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def kill_one_after_a_checkpoint(process, run_dir, known, rng):
-    """SIGKILL to one of the two processes, as soon as there is a newer checkpoint than `known`. Returns its step."""
-    while process.poll() is None:
-        step = max(checkpoint.steps(run_dir), default=0)
-        workers = children(process.pid)
-        if step > known and len(workers) == 2:
-            os.kill(rng.choice(workers), signal.SIGKILL)
-            return step
-        time.sleep(0.01)
-    raise AssertionError(f"torchrun ended after step {known}")
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_under_torchrun_completes_though_its_processes_are_killed(tmp_path, kills):
-    corpus = write_sample_corpus(tmp_path / "topics.jsonl")
-    texts = (line for document in read_documents(corpus) for line in document)
-    build_store(corpus, tmp_path / "store", Tokenizer.train(texts, 300))
-    steps = 12 + 12 * kills
-    command = (
-        f"pretrain --data {tmp_path / 'store'} --out {tmp_path / 'run'} --steps {steps} --accumulate 2"
-        " --device cpu --arch.hidden_size 32 --arch.num_attention_heads 2 --arch.intermediate_size 48 --max-length 48"
-        " --batch-tokens 512 --save-every 2 --log-every 1 --resume"
-    )
-    process = torchrun(f"--max-restarts {kills}", command, tmp_path / "output")
-    rng, reached = random.Random(5), 0
-    for _ in range(kills):
-        reached = kill_one_after_a_checkpoint(process, tmp_path / "run", reached, rng)
-    assert process.wait(timeout=120) == 0
-    output = (tmp_path / "output").read_text()
-    assert [record["step"] for record in read_metrics(tmp_path / "run/metrics.jsonl")] == list(range(1, steps + 1))
-    assert latest(tmp_path / "run").name == f"step-{steps}"
-    assert output.count("minibert pretrain\n") == kills + 1  # one of the two says it, at each start
-    assert output.count("│ checkpoint ") == 1
 
 
 def test_verbs_for_one_process_refuse_to_be_several(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from minibert.cli import main
 from minibert.train.log import MetricsLog, Progress, read_metrics, truncate_metrics
 
 
@@ -64,10 +65,13 @@ def test_a_writer_gets_the_numbers_and_is_closed(tmp_path, monkeypatch):
     assert read_metrics(tmp_path / "metrics.jsonl") == [record, record]
 
 
-def test_a_writer_whose_package_is_missing_says_what_to_install(tmp_path, monkeypatch):
+def test_a_writer_whose_package_is_missing_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="writer='wandb' needs one more package: pip install wandb"):
         MetricsLog(tmp_path / "metrics.jsonl", "wandb")
+    assert main(f"pretrain --data {tmp_path} --out {tmp_path / 'run'} --writer wandb".split()) == 2
+    assert capsys.readouterr().err.endswith("writer='wandb' needs one more package: pip install wandb\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_log_keeps_the_records_up_to_its_step_and_drops_half_a_line(path):

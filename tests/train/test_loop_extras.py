@@ -57,6 +57,12 @@ def test_a_resumed_budget_goes_on_at_the_elapsed_share_of_its_checkpoint(tmp_pat
     assert again == result
 
 
+@pytest.mark.parametrize(("minutes", "said"), [(0.5, 1), (2, 0)])
+def test_a_step_that_takes_a_tenth_of_the_budget_is_mentioned(minutes, said, tmp_path, monkeypatch, caplog):
+    run(tmp_path, model=clocked(monkeypatch, make_model()), config=budget(minutes=minutes))
+    assert caplog.text.count(f"a step takes a tenth of minutes={minutes}: take a smaller model or batch") == said
+
+
 def test_a_real_clock_ends_a_run_soon_after_its_time(tmp_path):
     config = budget(minutes=5 / 60)  # the start of a run takes a second on a busy machine
     _, result = run(tmp_path, config=config)
