@@ -31,13 +31,19 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "Tokenizer",
+    "Trainer",
     "pipeline",
 ]
 
 
 def __getattr__(name: str):
-    if name == "pipeline":  # not until it is asked for: it needs the tasks, and they the training
+    # these two not until they are asked for: they need the tasks, and those the training
+    if name == "pipeline":
         from .tasks.pipelines import pipeline
 
         return pipeline
+    if name == "Trainer":
+        from .tasks.trainer import Trainer
+
+        return Trainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -100,8 +100,15 @@ def _value(record: Record, name: str) -> Any:
 
 
 def as_records(rows: Iterable[Mapping[str, Any]], name: str = "records") -> Iterator[Record]:
-    """Records made in memory; errors call them `name`:1, `name`:2 and so on."""
-    return (Record(f"{name}:{number}", dict(row)) for number, row in enumerate(rows, 1))
+    """Records made in memory; errors call them `name`:1, `name`:2 and so on.
+
+    Raises:
+        ValueError: a row has no keys, as a text or a list.
+    """
+    for number, row in enumerate(rows, 1):
+        if not hasattr(row, "keys"):
+            raise ValueError(f"{name}:{number}: expected a dictionary, got {type(row).__name__}")
+        yield Record(f"{name}:{number}", dict(row))
 
 
 def find_splits(path) -> dict[str, Source]:

@@ -642,6 +642,12 @@ def test_records_made_in_memory_are_numbered():
     assert refused(lambda: text_of(second, "text")) == "records:2: text=' ' is not a text"
 
 
+@pytest.mark.parametrize(("row", "kind"), [("text", "str"), (7, "int"), (None, "NoneType"), ([("text", "a")], "list")])
+def test_what_is_no_record_is_refused_by_its_number(row, kind):
+    rows = iter([{"text": "a"}, row])
+    assert refused(lambda: list(as_records(rows, "mine"))) == f"mine:2: expected a dictionary, got {kind}"
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
