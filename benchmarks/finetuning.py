@@ -128,8 +128,9 @@ class Trained:
 
         options = yaml.safe_load((run / "config.yaml").read_text())
         task = chosen_task(options)
+        parts, known = read_parts(task, options)
         network, tokenizer, parts = new_model(
-            task, read_parts(task, options), options["init"], options["seed"], options["max_train"]
+            task, parts, options["init"], options["seed"], options["max_train"], known=known
         )
         config = TrainConfig(**json.loads((run / "run.json").read_text())["config"])
         return cls(options, config, task_of(network), parts, network, tokenizer)

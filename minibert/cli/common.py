@@ -147,7 +147,7 @@ def check_fractions(**values: float) -> None:
 
 
 class BadRecords:
-    """What becomes of records that cannot be read: `fail` ends the command, `skip` counts, `report` names each, too."""
+    """What becomes of records that cannot be used: `fail` ends the command, `skip` counts, `report` names each, too."""
 
     def __init__(self, mode: str):
         one_of("on_bad_record", mode, ("fail", "skip", "report"))
@@ -162,7 +162,7 @@ class BadRecords:
 
     def summary(self) -> None:
         if self.count:
-            say(f"{self.count:,} records could not be read and were left out")
+            say(f"{self.count:,} records could not be used and were left out")
 
 
 def print_json(value: Any) -> None:

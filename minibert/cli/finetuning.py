@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from torch import nn
 
+from ..config import BertConfig
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
 from ..data.report import figure_class
@@ -194,7 +195,7 @@ def finetune(
 
 def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dict[str, dict]:
     """Fine-tune once; what the best checkpoint reaches, by split, and the number of examples it learned from."""
-    parts = read_parts(task, options)
+    parts, known = read_parts(task, options)
 
     def begin(run: Run, network: nn.Module) -> None:
         save_options(run, "finetune", options)
@@ -204,7 +205,7 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
             few = sum(p.numel() for p in network.parameters() if p.requires_grad)
             say(f"trainable parameters: {few:,} of {sum(p.numel() for p in network.parameters()):,}")
 
-    fit(task, parts, source, out, begin=begin, **pick(options, f"{TRAINING} {FITTING}"))
+    fit(task, parts, source, out, known=known, begin=begin, **pick(options, f"{TRAINING} {FITTING}"))
     examples = min(len(parts["train"]), options["max_train"] or len(parts["train"]))
     return {"train": {"examples": examples}} | (report_best(out, parts, options) if World.current().leads else {})
 
@@ -218,21 +219,26 @@ def chosen_task(options: dict[str, Any]) -> Task:
     return make_task(options["task"], **given | options["option"])
 
 
-def read_parts(task: Task, options: dict[str, Any]) -> dict[str, Sequence[Example]]:
-    """Examples by split: train, valid, and test where there is one with labels."""
+def read_parts(task: Task, options: dict[str, Any]) -> tuple[dict[str, Sequence[Example]], Sequence[Example]]:
+    """Examples by split: train, valid, and test where there is one with labels; and all that "train" was before any
+    were held out, whose classes are known."""
     if (options["data"] is None) == (not options["train"]):
         raise ValueError("give --data or --train, one of the two")
     sources = find_splits(options["data"]) if options["data"] else {}
     sources |= {split: part_of(options[split], split) for split in ("train", "valid", "test") if options[split]}
-    bad, parts = BadRecords(options["on_bad_record"]), {}
-    for split, source in sources.items():
-        examples = Spool(read_examples(task, source.records(bad), bad))
+    bad, parts, config = BadRecords(options["on_bad_record"]), {}, None
+    for split, source in sources.items():  # "train" is the first
+        examples = Spool(read_examples(task, source.records(bad), bad, config))
         if split == "test" and not options["test"] and examples and examples[0].target is None:
             say(f"{source.paths[0]}: it has no labels: left out")
             continue
-        check_labelled(examples, source)
+        check_labelled(task, examples, source)
         parts[split] = examples
+        if config is None and len(sources) > 1:
+            config = BertConfig(**task.prepared(examples).config(examples))
+            task = task.make(config.task_specific_params)
     bad.summary()
+    known = parts["train"]
     for split, fraction in (("test", options["test_fraction"]), ("valid", options["valid_fraction"])):
         if split not in parts and fraction:
             parts["train"], parts[split] = split_examples(parts["train"], fraction, options["seed"])
@@ -241,7 +247,7 @@ def read_parts(task: Task, options: dict[str, Any]) -> dict[str, Sequence[Exampl
             raise ValueError(
                 f"{sources['train'].paths[0]}: too few examples to hold any out: name a file with --{split}"
             )
-    return parts
+    return parts, known
 
 
 def part_of(paths: list[str], *wanted: str) -> Source:
@@ -256,12 +262,16 @@ def part_of(paths: list[str], *wanted: str) -> Source:
     return found[split]
 
 
-def check_labelled(examples: Sequence[Example], source: Source) -> None:
+def check_labelled(task: Task, examples: Sequence[Example], source: Source) -> None:
+    """Refuse a file of which every record was left out, and an example that nothing is known of."""
     if not examples:
-        raise ValueError(f"{source.paths[0]}: it holds no records")
+        raise ValueError(f"{source.paths[0]}: none of its records can be used")
     bare = next((example for example in examples if example.target is None), None)
-    if bare is not None:
+    if bare is None:
+        return
+    if "label_column" in (option.name for option in dataclasses.fields(task)):
         raise ValueError(f"{bare.where}: it has no label: name its column with --label-column")
+    raise ValueError(f"{bare.where}: it has no {' or '.join(task.answers)}")
 
 
 def report_best(out: Path, parts: dict[str, Sequence[Example]], options: dict[str, Any]) -> dict[str, dict]:
@@ -315,9 +325,9 @@ def evaluate(
         task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
         check_complete(network, source)
         labelled = part_of(data, "test", "valid")
-        examples = list(read_examples(task, labelled.records(bad), bad))
+        examples = list(read_examples(task, labelled.records(bad), bad, network.config))
         bad.summary()
-        check_labelled(examples, labelled)
+        check_labelled(task, examples, labelled)
         predictions = list(answer(task, network, tokenizer, examples, chunk=len(examples)))
         result = task.measure(examples, predictions, network.config)
     else:

@@ -37,5 +37,5 @@ Arch = Annotated[dict[str, bool | int | float | str], "fields of the architectur
 Tokens = Annotated[str | None, "directory or file of a tokenizer; by default one is trained"]
 DataColumn = Annotated[str, "column or field of the text"]
 BatchSize = Annotated[int, "examples of a batch"]
-OnBadRecord = Annotated[str, "fail; skip: leave out and count records that cannot be read; report: name each, too"]
+OnBadRecord = Annotated[str, "fail; skip: leave out and count records that cannot be used; report: name each, too"]
 Options = Annotated[dict[str, bool | int | float | str], "of the task, as --option.threshold 0.5: docs/finetuning.md"]

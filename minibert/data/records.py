@@ -1,17 +1,26 @@
 """Published files and folders of labelled text -> records; what a record means is for the tasks to say."""
 
-import csv
 import json
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from ..config import one_of
-from .text import PACKED_SUFFIXES, as_paths, need_pyarrow, number_lines, read_lines, refuse, unknown_column
+from .text import (
+    PACKED_SUFFIXES,
+    as_paths,
+    json_reason,
+    need_pyarrow,
+    number_lines,
+    read_lines,
+    refuse,
+    table_rows,
+    unknown_column,
+)
 
 Bad = Callable[[ValueError], None]
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what UTF-8 cannot hold, and what no text does
@@ -32,10 +41,14 @@ LINES = "lines"  # the form of plain text, of which no label is known
 
 @dataclass(frozen=True)
 class Record:
-    """One labelled thing as a file has it, and where it stands: "file:line", for errors."""
+    """One labelled thing as a file has it, and where it stands: "file:line", for errors.
+
+    kinds: whether the labels in a field are texts or numbers; the records of a jsonl file share it.
+    """
 
     where: str
     fields: dict[str, Any]
+    kinds: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,16 @@ def texts_in(record: Record, name: str, least: int = 1) -> tuple[str, ...]:
 
 
 def label_of(record: Record, name: str) -> str:
-    """The label in a field, a number or a string, without surrounding blanks; ValueError if it is neither or blank."""
+    """The label in a field, a number or a string, without surrounding blanks; ValueError if it is neither or blank, or
+    not of the type that this field of the same file had before."""
     value = _value(record, name)
     label = "" if isinstance(value, bool) or not isinstance(value, str | int | float) else str(value).strip()
     if not label or NO_TEXT.search(label):
         raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a label")
+    kind = "text" if isinstance(value, str) else "number"
+    before = record.kinds.setdefault(name, kind)
+    if kind != before:
+        raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is a {kind}, those before are {before}s")
     return label
 
 
@@ -245,12 +263,13 @@ def _by_line(fields_of: Callable[[str], dict]):
     """The reader of a container with a record a line; `fields_of` a line raises what is wrong with it."""
 
     def read(path: Path, bad: Bad) -> Iterator[Record]:
+        kinds: dict[str, str] = {}
         for number, line in number_lines(path, bad):
             if line is None or not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                record = Record(where, fields_of(line))
+                record = Record(where, fields_of(line), kinds)
             except ValueError as error:
                 bad(ValueError(f"{where}: {error}"))
             else:
@@ -263,14 +282,10 @@ def _jsonl_fields(line: str) -> dict:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON, expected one object a line: {_reason(error)}") from None
+        raise ValueError(f"broken JSON, expected one object a line: {json_reason(error)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     return row
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
 
 
 def _cola_fields(line: str) -> dict:
@@ -287,41 +302,13 @@ def _uci_fields(line: str) -> dict:
     return {"text": text, "label": label.strip()}
 
 
-def _table(separator: str, quoting: int):
-    """The reader of rows below a line of column names."""
-
-    def read(path: Path, bad: Bad) -> Iterator[Record]:
-        csv.field_size_limit(1 << 30)  # the default refuses a field beyond 128 KB
-        header = None
-
-        def let(error: ValueError) -> None:
-            (bad if header else refuse)(error)  # without its names no row is worth anything
-
-        lines = (line or "" for _, line in number_lines(path, let))
-        rows = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
-        for where, row in _rows(rows, path, let):
-            if header is None:
-                header = _header(row, where)
-            elif len(row) != len(header):
-                bad(ValueError(f"{where}: {len(row)} fields, the header has {len(header)}"))
-            else:
-                yield Record(where, dict(zip(header, row, strict=True)))
-
-    return read
-
-
-def _rows(rows, path: Path, bad: Bad) -> Iterator[tuple[str, list[str]]]:
-    """("file:line", row) of the rows that are neither empty nor broken."""
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            bad(ValueError(f"{path}:{rows.line_num}: {error}"))
-            continue
-        if row is None:
-            return
-        if row:
-            yield f"{path}:{rows.line_num}", row
+def _read_table(path: Path, bad: Bad) -> Iterator[Record]:
+    header = None
+    for where, row in table_rows(path, _suffix(path), bad):
+        if header is None:
+            header = _header(row, where)
+        else:
+            yield Record(where, dict(zip(header, row, strict=True)))
 
 
 def _header(row: list[str], where: str) -> list[str]:
@@ -436,10 +423,11 @@ def _marked(where: str, sentence: str, *relations: str) -> Record:
 
 def _document(path: Path) -> dict:
     """A file that is one JSON object."""
+    text = "".join(read_lines(path))
     try:
-        document = json.loads("".join(read_lines(path)))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: broken JSON: {_reason(error)}") from None
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: broken JSON: {json_reason(error)}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(document).__name__}")
     return document
@@ -529,8 +517,8 @@ FORMATS = {
 }
 # every container: a file or folder, and what gets the error of each broken record -> records
 READERS = {
-    "csv": _table(",", csv.QUOTE_MINIMAL),
-    "tsv": _table("\t", csv.QUOTE_NONE),  # published unquoted: a quotation mark there is a character of the text
+    "csv": _read_table,
+    "tsv": _read_table,
     "jsonl": _by_line(_jsonl_fields),
     "parquet": _read_parquet,
     "cola": _by_line(_cola_fields),

@@ -4,9 +4,7 @@ import os
 import pickle
 import tempfile
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -60,18 +58,3 @@ class Part(Items[T]):
 def take(items: Sequence[T], numbers: Iterable[int]) -> Sequence[T]:
     """The items with these numbers: a list of a list, else a `Part`."""
     return [items[number] for number in numbers] if isinstance(items, list) else Part(items, numbers)
-
-
-class Joined(Items[T]):
-    """The items of several sequences, one after the other."""
-
-    def __init__(self, parts: Iterable[Sequence[T]]):
-        self.parts = list(parts)
-        self.ends = list(accumulate(map(len, self.parts)))
-
-    def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def item(self, number: int) -> T:
-        part = bisect_right(self.ends, number)
-        return self.parts[part][number - self.ends[part] + len(self.parts[part])]

@@ -13,6 +13,11 @@ from pathlib import Path
 MAX_DOCUMENT = 1 << 22  # characters; a file without blank lines is cut here, so that memory stays bounded
 MAX_LINE = 1 << 26  # bytes; a longer line is no text
 PACKED_SUFFIXES = {".gz", ".zst"}
+TABLES = {  # separator and quoting; tsv files are published unquoted: a quotation mark there is a character of the text
+    ".csv": (",", csv.QUOTE_MINIMAL),
+    ".tsv": ("\t", csv.QUOTE_NONE),
+}
+UNCLOSED = "unexpected end of data"  # what csv says of a quotation mark that is never closed
 ROW_SUFFIXES = {".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet"}
 
 
@@ -185,9 +190,8 @@ def _json_rows(file: Path, column: str, bad) -> Iterator[str]:
 def _json_text(line: str, where: str, column: str) -> str:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise ValueError(f"{where}: broken JSON, expected one object a line: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: broken JSON, expected one object a line: {json_reason(error)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     if column not in row:
@@ -195,27 +199,51 @@ def _json_text(line: str, where: str, column: str) -> str:
     return _as_text(row[column], where, column)
 
 
+def json_reason(error: Exception) -> str:
+    """Why `json.loads` failed, in a few words; a number of too many digits is a ValueError of another kind."""
+    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+
+
 def _table_rows(file: Path, column: str, suffix: str, bad) -> Iterator[str]:
+    rows = table_rows(file, suffix, bad)
+    _, header = next(rows, ("", [column]))  # a file without rows lacks no column
+    if column not in header:
+        raise unknown_column(file, column, header)
+    return (row[header.index(column)] for _, row in rows)
+
+
+def table_rows(file: Path, suffix: str, bad) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", row) of the rows of a `.csv` or `.tsv` that are not empty, the first of which has the names.
+
+    The line is that where a row begins, as a quoted field may hold several. A quotation mark that is never closed
+    takes all that follows for one field: that is an error of the file as a whole, which `bad` does not get.
+    """
     csv.field_size_limit(1 << 30)  # the default refuses a field beyond 128 KB
-    quoting = csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE  # tsv files are published unquoted
-    rows = csv.reader(read_lines(file, bad), delimiter="," if suffix == ".csv" else "\t", quoting=quoting, strict=True)
-    header = None
+    separator, quoting = TABLES[suffix]
+    width = 0
+
+    def let(error: ValueError) -> None:
+        (bad if width else refuse)(error)  # without its names no row is worth anything
+
+    lines = (line or "" for _, line in number_lines(file, let))
+    rows = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
     while True:
+        before, problem = rows.line_num, ""
         try:
-            row = next(rows)
-        except StopIteration:
-            return
+            row = next(rows, None)
         except csv.Error as error:
-            bad(ValueError(f"{file}:{rows.line_num}: {error}"))
-            continue
-        if header is None:
-            header = row
-            if header and column not in header:
-                raise unknown_column(file, column, header)
-        elif row and len(row) != len(header):
-            bad(ValueError(f"{file}:{rows.line_num}: {len(row)} columns, the header has {len(header)}"))
+            row, problem = [], str(error)
+        if row is None:
+            return
+        width = width or len(row)
+        if row and len(row) != width:
+            problem = f"{len(row)} fields, the header has {width}"
+        where, count = f"{file}:{before + 1}", rows.line_num - before
+        if problem:
+            swallowed = f", {count} lines were read as one row: is there a stray quotation mark?" if count > 1 else ""
+            (refuse if problem == UNCLOSED else let)(ValueError(f"{where}: {problem}{swallowed}"))
         elif row:
-            yield row[header.index(column)]
+            yield where, row
 
 
 def _parquet_rows(file: Path, column: str, bad) -> Iterator[str]:

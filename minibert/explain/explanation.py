@@ -99,7 +99,7 @@ def explain(
         mlm: the head that guesses; by default the model's own, where it has one.
     Raises:
         ValueError: a text empty, too long or without a [MASK] to fill, an unknown label or baseline, a model that is
-            causal or of several labels, a head of another size, or captum is not installed.
+            causal, of several labels or of another head, a head of another size, or captum is not installed.
     """
     one_of("baseline", baseline, BASELINES)
     if top < 1:
@@ -141,6 +141,8 @@ def check_model(model: Model, mlm: MLMHead | None) -> MLMHead | None:
     if isinstance(model, BertForSequenceClassification):
         if isinstance(task_of(model), MultiLabel):
             raise ValueError("problem_type='multi_label_classification': only one class of several can be explained")
+    elif not isinstance(model, BertForMaskedLM | BertForPreTraining):
+        raise ValueError(f"{type(model).__name__}: only classifiers and models that fill masks can be explained")
     elif mlm is None:
         return model.mlm
     config = model.config

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +20,7 @@ from minibert_kernels.philox import fold, uniform
 
 from ..batch import Batch
 from ..config import BertConfig, refuse_unknown
-from ..data.records import Record, refuse
+from ..data.records import SHOWN, Record, refuse
 from ..data.rows import Row, in_order
 from ..data.spool import take
 from ..data.tokenizer import Tokenizer
@@ -152,6 +153,9 @@ class Task:
         """
         raise NotImplementedError
 
+    def check(self, example: Example, config: BertConfig) -> None:
+        """Raises ValueError, naming file, line and field, where a target is none of the model's classes."""
+
     def initialise(self, model: nn.Module, rows: Sequence[Row]) -> None:
         """Give the model's `new_parameters` values that the training rows suggest, where some do."""
 
@@ -210,14 +214,36 @@ class Task:
 
 
 def read_examples(
-    task: Task, records: Iterable[Record], bad: Callable[[ValueError], None] = refuse
+    task: Task,
+    records: Iterable[Record],
+    bad: Callable[[ValueError], None] = refuse,
+    config: BertConfig | None = None,
 ) -> Iterator[Example]:
-    """The examples of records; `bad` gets the error of each that is none, and may let it pass."""
+    """The examples of records; `bad` gets the error of each that is none, and may let it pass.
+
+    Two of one file with the same id are none, nor is one that `Task.check` refuses where the model's config is given.
+    """
+    seen: dict[str, set[str]] = defaultdict(set)
     for record in records:
         try:
-            yield task.example(record)
+            example = task.example(record)
+            check_id(example, seen)
+            if config is not None:
+                task.check(example, config)
         except ValueError as error:
             bad(error)
+        else:
+            yield example
+
+
+def check_id(example: Example, seen: dict[str, set[str]]) -> None:
+    """Refuse an id that an earlier example of the same file has; `seen` keeps them by file."""
+    name, ids = example.extra.get("id"), seen[example.where.rpartition(":")[0]]
+    if name is None:
+        return
+    if repr(name) in ids:
+        raise ValueError(f"{example.where}: id={SHOWN.repr(name)} is the id of an earlier record, too")
+    ids.add(repr(name))
 
 
 def read_texts(task: Task, records: Iterable[Record], bad: Callable[[ValueError], None] = refuse) -> Iterator[Example]:

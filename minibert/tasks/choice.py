@@ -39,12 +39,17 @@ class MultipleChoice(Task):
         context = text_of(record, "context") if "context" in record.fields else None
         if context is not None:
             question = f"{context} {question}"
-        if self.num_choices and len(choices) != self.num_choices:
-            raise ValueError(f"{record.where}: choices has {len(choices)} texts, expected {self.num_choices}")
         label = record.fields.get("label")
         if label is not None and (type(label) is not int or not 0 <= label < len(choices)):
             raise ValueError(f"{record.where}: label={label!r} is not the number of a choice, 0 to {len(choices) - 1}")
-        return Example((question, *choices), label, record.where, context)
+        example = Example((question, *choices), label, record.where, context)
+        self.check(example, None)
+        return example
+
+    def check(self, example, config):
+        count = len(example.texts) - 1
+        if self.num_choices and count != self.num_choices:
+            raise ValueError(f"{example.where}: choices has {count} texts, expected {self.num_choices}")
 
     def fields(self, *texts):
         return {"question": texts[0], "choices": texts[1:]}

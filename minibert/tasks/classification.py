@@ -142,7 +142,12 @@ class Classification(Task):
 
     def label(self, example: Example, known: Mapping[str, int]) -> Any:
         """What the head learns from an example."""
-        return None if example.target is None else class_of(example, example.target, known)
+        if example.target is None:
+            return None
+        return class_of(example, example.target, known, self.label_column or "label")
+
+    def check(self, example, config):
+        self.label(example, config.label2id)
 
     def predict(self, examples, rows, scores, config):
         for example, logits in zip(examples, scores, strict=True):
@@ -271,7 +276,7 @@ class MultiLabel(Classification):
             value = [part for part in value.split(self.separator) if part.strip()]
         if not isinstance(value, list):
             raise ValueError(f"{record.where}: {name}={value!r} is not a list of labels")
-        return tuple(label_of(Record(record.where, {name: label}), name) for label in value)
+        return tuple(label_of(Record(record.where, {name: label}, record.kinds), name) for label in value)
 
     def taught(self, example):
         return example.target
@@ -286,7 +291,7 @@ class MultiLabel(Classification):
     def label(self, example, known):
         if example.target is None:
             return None
-        given = {class_of(example, label, known) for label in example.target}
+        given = {class_of(example, label, known, self.label_column or "labels") for label in example.target}
         return [float(i in given) for i in range(len(known))]
 
     def predict(self, examples, rows, scores, config):

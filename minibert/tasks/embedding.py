@@ -66,18 +66,22 @@ class Embedding(Task):
         example = reader.example(record)
         if len(example.texts) == 2 and example.target is None and self.loss == "contrastive":
             return Example(example.texts, self.positive, record.where)
+        self.label(example)
         return example
 
     def fields(self, *texts):
         return pair_fields(texts, self.text_column, self.pair_column)
 
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
-        single = next((example for example in examples if len(example.texts) == 1), None)
-        if single is not None:
-            raise ValueError(
-                f"{single.where}: one text: vectors are learned from pairs: name the second, --pair-column"
-            )
+        for example in examples:
+            self.check(example, None)
         return ("vector",)
+
+    def check(self, example, config):
+        if len(example.texts) == 1:
+            raise ValueError(
+                f"{example.where}: one text: vectors are learned from pairs: name the second, --pair-column"
+            )
 
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
         limit = self.limit(config)

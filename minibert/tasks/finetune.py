@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import BertConfig
 from ..data.rows import Row, RowData
-from ..data.spool import Joined, Spool, take
+from ..data.spool import Spool, take
 from ..data.tokenizer import Tokenizer
 from ..model.lora import adapt
 from ..train import Result, Run, TrainConfig, claim, resolve_model, train
@@ -35,6 +35,7 @@ def finetune(
     steps: int | None = None,
     eval_every: int | None = None,
     max_train: int | None = None,
+    known: Sequence[Example] | None = None,
     scratch: bool = False,
     reinit_layers: int = 0,
     group_by_length: bool = False,
@@ -54,6 +55,7 @@ def finetune(
         batch_size: examples of a micro-batch. epochs: passes over the examples, where `steps` is None.
         eval_every: steps between evaluations, None for one an epoch.
         max_train: learn from so many examples, drawn by the seed; labels are known from all.
+        known: the examples whose labels there are, None for `parts["train"]`: a held-out one with another is refused.
         scratch: take architecture and tokenizer of `init`, and draw new weights.
         reinit_layers: draw new weights for so many of the last layers, and for the pooler (Zhang et al., 2021).
         lora: freeze the encoder, and learn additions of this rank to its weights, times lora_alpha / lora (Hu et al.,
@@ -72,7 +74,7 @@ def finetune(
             raise ValueError(f"parts has no examples called {split!r}: split_examples makes two parts of one")
     check_lora(lora, lora_alpha, scratch, reinit_layers)
     seed = training.get("seed", 0)
-    network, tokenizer, parts = new_model(task, parts, init, seed, max_train, scratch, backend, allow_pickle)
+    network, tokenizer, parts = new_model(task, parts, init, seed, max_train, scratch, backend, allow_pickle, known)
     reinitialise(network, reinit_layers, seed)
     if lora is not None:
         torch.manual_seed(seed)
@@ -130,13 +132,14 @@ def new_model(
     scratch: bool = False,
     backend: str = "auto",
     allow_pickle: bool = False,
+    known: Sequence[Example] | None = None,
 ) -> tuple[nn.Module, Tokenizer, dict[str, Sequence[Example]]]:
     """The task's head on the weights of `init`, or on new ones; the tokenizer there; the parts, with what is drawn of
     "train". The arguments are those of `finetune`."""
     init, drawn = resolve_model(init), draw_examples(parts["train"], max_train, seed)
     task = task.prepared(drawn)
     torch.manual_seed(seed)
-    changes = task.config(Joined(parts.values()))
+    changes = task.config(parts["train"] if known is None else known)
     network = task.head.from_pretrained(init, backend=backend, allow_pickle=allow_pickle, **changes)
     if scratch:
         torch.manual_seed(seed)
@@ -163,6 +166,8 @@ def rows_of(task: Task, tokenizer: Tokenizer, examples: Iterable[Example], confi
     """The rows of examples, `CHUNK` of which are held at a time; without what a prediction needs."""
     examples = iter(examples)
     while held := list(itertools.islice(examples, CHUNK)):
+        for example in held:
+            task.check(example, config)
         for row in task.encode(tokenizer, held, config):
             yield dataclasses.replace(row, example=0, extra=None)
 

@@ -37,9 +37,10 @@ def pair_fields(texts: Sequence[str], text_column: str | None, pair_column: str 
     return dict(zip((text_column or "text", pair_column), texts, strict=False))
 
 
-def class_of(example: Example, label: str, known: Mapping[str, int]) -> int:
+def class_of(example: Example, label: str, known: Mapping[str, int], field: str = "label") -> int:
+    """The number of a class; ValueError, naming file, line and field, if the label is none."""
     if label not in known:
-        one_of(f"{example.where}: label", label, known)
+        one_of(f"{example.where}: {field}", label, known)
     return known[label]
 
 

@@ -39,7 +39,7 @@ class Pipeline:
         Raises:
             ValueError: an input is none of the task's; the message has its number, from 1.
         """
-        if isinstance(inputs, str | tuple | Mapping):
+        if isinstance(inputs, str | tuple | Mapping) or not isinstance(inputs, Iterable):
             return next(self._predict([inputs], 1))
         answers = self._predict(inputs, chunk)
         return list(answers) if isinstance(inputs, list) else answers
@@ -53,7 +53,7 @@ class Pipeline:
     def _fields(self, one: Input) -> Mapping[str, Any]:
         if isinstance(one, Mapping):
             return one
-        return self.task.fields(*([one] if isinstance(one, str) else one))
+        return self.task.fields(*(one if isinstance(one, tuple | list) else [one]))
 
 
 def pipeline(

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,9 +77,14 @@ class Relation(Task):
             ids = [tokenizer.cls_token_id, *before, *inner, *after, tokenizer.sep_token_id]
             first = 1 + len(before)
             at = (first, first + 2 + len(one) + len(between))[::turn]
-            label = None if example.target is None else class_of(example, example.target, config.label2id)
-            rows.append(Row(ids, [0] * len(ids), at, label, example=number))
+            rows.append(Row(ids, [0] * len(ids), at, self.label(example, config.label2id), example=number))
         return rows
+
+    def label(self, example: Example, known: Mapping[str, int]) -> int | None:
+        return None if example.target is None else class_of(example, example.target, known)
+
+    def check(self, example, config):
+        self.label(example, config.label2id)
 
     def predict(self, examples, rows, scores, config):
         for example, logits in zip(examples, scores, strict=True):

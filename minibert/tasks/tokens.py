@@ -48,7 +48,7 @@ class Tagging(Task):
             one_of("scheme", self.scheme, SCHEMES)
 
     def example(self, record: Record) -> Example:
-        if "tokens" not in record.fields:
+        if not {"tokens", "tags"} & record.fields.keys():
             text = text_of(record, "text")
             at = places(text)
             return Example(tuple(text[a:b] for a, b in at), None, record.where, extra={"text": text, "at": at})
@@ -96,14 +96,22 @@ class Tagging(Task):
                 check_length(firsts[-1] + 1, limit, example)
             at = [first for first in firsts[:-1].tolist() if first < limit - 1]
             body = list(itertools.chain.from_iterable(words))[: limit - 2]
-            tags = (self.tags(example) or ())[: len(at)]
-            classes = [class_of(example, tag, config.label2id) for tag in tags]
+            classes = self.tag_classes(example, config)[: len(at)]
             ids = [tokenizer.cls_token_id, *body, tokenizer.sep_token_id]
             rows.append(Row(ids, [0] * len(ids), at, self.label(example), classes, number))
         return rows
 
+    def tag_classes(self, example: Example, config: BertConfig) -> list[int]:
+        """The numbers of its tags, none where it has none."""
+        known = config.label2id
+        return [class_of(example, tag, known, "tags") for tag in self.tags(example) or ()]
+
     def label(self, example: Example) -> int | None:
         return None
+
+    def check(self, example, config):
+        self.label(example)
+        self.tag_classes(example, config)
 
     def initialise(self, model, rows):
         if "crf.transitions" in model.new_parameters:

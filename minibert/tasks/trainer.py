@@ -54,14 +54,16 @@ class Trainer:
         Raises:
             ValueError: a row is none of the task's, by its number from 1; there are too few; or see `finetune`.
         """
-        train, self._best = labelled(self.task, rows, "rows"), None
+        known, self._best = labelled(self.task, rows, "rows"), None
+        train = known
         if valid is None:
-            train, held_out = split_examples(train, self.valid_fraction, self.options.get("seed", 0))
+            train, held_out = split_examples(known, self.valid_fraction, self.options.get("seed", 0))
             if not held_out:
                 raise ValueError(f"rows={len(train)} are too few to hold any out: give more, or valid")
         else:
             held_out = labelled(self.task, valid, "valid")
-        return finetune(self.task, {"train": train, "valid": held_out}, self.init, self.run_dir, **self.options)
+        parts = {"train": train, "valid": held_out}
+        return finetune(self.task, parts, self.init, self.run_dir, **{"known": known} | self.options)
 
     def evaluate(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """What the task measures on rows, with the best checkpoint.

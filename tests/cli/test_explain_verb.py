@@ -8,7 +8,11 @@ from small import build
 
 from minibert import BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel, Tokenizer
 from minibert.cli import main
+from minibert.model import MODELS, BertForSentenceEmbedding
 
+SERVE = (BertForMaskedLM, BertForPreTraining, BertForSequenceClassification)
+BARE = (BertModel, BertForSentenceEmbedding)  # the second is saved as an encoder
+OTHERS = [kind for kind in MODELS.values() if kind not in (*BARE, *SERVE)]
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "lamp", "broke", "##n", "good"]
 
 
@@ -17,7 +21,7 @@ def saved(tmp_path_factory):
     """A directory of models with one vocabulary, and one that has another."""
     folder, size = tmp_path_factory.mktemp("models"), {"vocab_size": len(PIECES)}
     tokenizer = Tokenizer.from_vocab({piece: i for i, piece in enumerate(PIECES)})
-    for kind in (BertModel, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification):
+    for kind in MODELS.values():
         build(kind, **size).save_pretrained(folder / kind.__name__, tokenizer)
     other = Tokenizer.from_vocab({piece: i for i, piece in enumerate([*PIECES[:-1], "bad"])})
     build(BertForMaskedLM, **size).save_pretrained(folder / "other", other)
@@ -59,9 +63,13 @@ def test_a_masked_language_model_is_explained_by_its_guess(kind, saved, capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("BertModel the --json", "no classifier and no masked-language-model head"),
+        *((f"{kind.__name__} the --json", "no classifier and no masked-language-model head") for kind in BARE),
         ("BertForSequenceClassification the --json --mlm {saved}/other", "other has another vocabulary than the model"),
         ("BertForMaskedLM the --json", "has no [MASK], and the model has no classifier"),
+        *(
+            (f"{kind.__name__} the --json", f"{kind.__name__}: only classifiers and models that fill")
+            for kind in OTHERS
+        ),
     ],
 )
 def test_models_that_do_not_serve_are_named(command, message, saved, capsys):

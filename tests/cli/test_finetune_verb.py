@@ -96,13 +96,13 @@ def test_bad_records_end_the_command_or_are_counted_or_named(run, weights, tmp_p
     code, said = run(f"--data {file}")
     assert code == 2 and f"{file}:3: 3 fields, the header has 2" in said and not run.out.exists()
     code, said = run(f"--data {file} --on-bad-record skip")
-    assert code == 0 and "3 records could not be read and were left out" in said and "bad.csv:" not in said
+    assert code == 0 and "3 records could not be used and were left out" in said and "bad.csv:" not in said
     for verb in ("evaluate", "predict"):
         assert main([verb, "--model", str(run.out), "--data", str(file), "--on-bad-record", "report"]) == 0
         said = capsys.readouterr().err
         assert f"{file}:3: 3 fields" in said and f"{file}:4: text=' ' is not a text" in said
         count = 3 if verb == "evaluate" else 2  # nothing is asked of labels where they are not read
-        assert f"{count} records could not be read" in said
+        assert f"{count} records could not be used" in said
     code, said = run(f"--data {file} --on-bad-record pass")
     assert code == 2 and "on_bad_record='pass' is not one of fail, skip, report" in said
 
@@ -127,12 +127,30 @@ def test_several_files_are_learned_from_together(run, tmp_path):
     assert BertForSequenceClassification.from_pretrained(latest(run.out)).config.id2label == ("0", "1")
 
 
-def test_a_label_that_only_the_test_file_has_counts_as_wrong_and_ends_no_long_run(run, reviews, tmp_path):
-    test = tmp_path / "test.csv"
-    test.write_text("text,label\nthe cat,y\nthe mat,maybe\n")
-    code, said = run(f"--train {reviews} --test {test}")
+def test_a_label_that_only_a_held_out_file_has_ends_the_command_or_is_left_out(run, reviews, tmp_path, capsys):
+    held = tmp_path / "held.csv"
+    held.write_text("text,label\nthe cat,y\nthe mat,maybe\nbirds,n\n")
+    line, count = f"{held}:3: label='maybe' is not one of n, y", "1 records could not be used and were left out"
+    for split in ("valid", "test"):
+        code, said = run(f"--train {reviews} --{split} {held}")
+        assert code == 2 and said.splitlines()[-1] == f"minibert: error: {line}" and not run.out.exists()
+    code, said = run(f"--train {reviews} --valid {held} --test {held} --on-bad-record report")
+    assert code == 0 and said.count(line) == 2 and count.replace("1", "2") in said
+    for results in json.loads((run.out / "results.json").read_text()).values():
+        assert {name: row["support"] for name, row in results["per_class"].items()} == {"n": 1, "y": 1}
+    measure = ["evaluate", "--model", str(run.out), "--data", str(held), "--json", "--on-bad-record"]
+    assert main([*measure, "fail"]) == 2 and line in capsys.readouterr().err
+    assert main([*measure, "skip"]) == 0
+    said = capsys.readouterr()
+    assert count in said.err and json.loads(said.out)["per_class"]["y"]["support"] == 1
+
+
+def test_a_tag_of_one_sentence_is_known_wherever_a_split_puts_that_sentence(run, tmp_path):
+    file = tmp_path / "tags.jsonl"
+    write_jsonl(file, [{"tokens": ["dogs", "bark"], "tags": [f"B-{number}", "O"]} for number in range(8)])
+    code, said = run(f"--data {file} --task ner --valid-fraction 0.5")
     assert code == 0, said
-    assert json.loads((run.out / "results.json").read_text())["test"]["per_class"]["maybe"]["support"] == 1
+    assert json.loads((latest(run.out) / "config.json").read_text())["id2label"]["7"] == "B-7"
 
 
 def test_labels_beside_texts_do_not_matter_to_predictions(run, reviews, tmp_path, capsys):
@@ -192,12 +210,17 @@ def test_an_intent_out_of_scope_is_said_by_the_threshold_that_was_learned(run, t
         ("--train {one} --task regression", "too few examples to hold any out: name a file with --valid"),
         ("--train {bare}", "bare.csv:2: it has no label: name its column with --label-column"),
         ("--train {header}", "header.csv: it holds no records"),
+        ("--train {bare} --task ner", "bare.csv:2: it has no tags"),
+        ("--train {bare} --task joint", "bare.csv:2: it has no tags or label"),
+        ("--train {bare} --task summary", "bare.csv:2: it has no summary or highlights"),
+        ("--train {reviews} --valid {odd} --on-bad-record skip", "odd.csv: none of its records can be used"),
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(flags, message, run, reviews, tmp_path):
     for name, content in (("one", "text,label\nthe cat,3\n"), ("bare", "text\nthe cat\n"), ("header", "text,label\n")):
+        (tmp_path / "odd.csv").write_text("text,label\nthe cat,maybe\n")
         (tmp_path / f"{name}.csv").write_text(content)
-    files = {name: tmp_path / f"{name}.csv" for name in ("one", "bare", "header")}
+    files = {name: tmp_path / f"{name}.csv" for name in ("one", "bare", "header", "odd")}
     code, said = run(flags.format(reviews=reviews, **files))
     assert code == 2 and message in said.splitlines()[-1] and not run.out.exists()
 

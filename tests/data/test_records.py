@@ -275,8 +275,10 @@ MALFORMED = [
     ("x.jsonl", "\n\n", ": it holds no records"),
     ("x.xml", "<a/>", ": file type='.xml' is not one of .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .txt, .conll, "),
     ("x.csv", "text,label\na,1\nb\n", ":3: 1 fields, the header has 2"),
-    ("x.csv", 'text,"te\nxt","te\nxt"\na,1,2\n', ":3: two columns are called 'te\\nxt'"),
-    ("x.csv", 'label,text\n1,"a\n0,b\n', ":3: unexpected end of data"),
+    ("x.csv", 'text,"te\nxt","te\nxt"\na,1,2\n', ":1: two columns are called 'te\\nxt'"),
+    ("x.csv", 'label,text\n1,"a\n0,b\n', ":2: unexpected end of data, 2 lines were read as one row: is there a"),
+    ("x.csv", 'label,text\n1,a\n0,"b\n1,c\n0,d "e" f\n', ":3: ',' expected after '\"', 3 lines were read as one row"),
+    ("x.csv", 'label,text\n1,"a\n0",b\n', ":2: 3 fields, the header has 2, 2 lines were read as one row"),
     ("x.csv", 'label,text\n1,"a"b\n', ":2: ',' expected after '\"'"),
     ("x.csv", b"text,label\na,1\n\xe9,0\n", ":3: byte 0xe9 is not UTF-8: convert the file"),
     ("x.tsv", "text\tlabel\na\t1\n".encode("utf-16"), ":1: byte 0xff is not UTF-8: convert the file"),
@@ -299,6 +301,7 @@ MALFORMED = [
     ("x.txt", '1\t"<e1>b</e1> <e2>c</e2>\n', ":1: text='\"<e1>b</e1> <e2>c</e2>' is not in quotation marks"),
     ("x.txt", '1\t"<e1>b</e1> <e2>c</e2>"\nOther\nOther\n', ":1: 2 relations, expected one below the sentence"),
     ("x.json", '{"version": "1.1", "data": [\n{"title":\n', ":3: broken JSON: Expecting value"),
+    ("x.json", '{"data": [\n' + "9" * 5000 + "]}", ":1: broken JSON: Exceeds the limit"),
     ("x.json", '{"data": [1, 2]}', ": article 1: expected a JSON object, got int"),
     ("x.json", '{"data": [{"title": "t"}]}', ": article 1: no column 'paragraphs' among title"),
     ("x.json", squad(question(), question()), ": article 1, paragraphs 1, qas 2: id='q1' is the id of an earlier"),
@@ -364,7 +367,7 @@ def test_a_long_line_is_read_and_one_without_end_is_refused(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "content", "good", "errors"),
     [
-        ("a.csv", b'text,label\na,1\nb\n\xff,1\nc,"d"e\nd,0\n"', 2, [":3: ", ":4: ", ":5: ", ":7: "]),
+        ("a.csv", b'text,label\na,1\nb\n\xff,1\nc,"d"e\nd,0\n"e\nf,"g\n', 2, [":3: ", ":4: ", ":5: ", ":7: "]),
         ("a.jsonl", b'{"a": 1}\n{\n\xff\n[]\n\n{"b": 2}\n3', 2, [":2: ", ":3: ", ":4: ", ":7: "]),
         ("a.tsv", b"a\t1\t\tx\n\xff\na\t1\na\t0\t*\ty\n", 2, [":2: ", ":3: "]),
         ("a.txt", b"a\t1\n\xff\nb\nc\t0\n", 2, [":2: ", ":3: "]),
@@ -405,6 +408,8 @@ def test_broken_lines_of_a_snips_folder_leave_the_others_beside_their_tags(tmp_p
     [
         ("a.csv", b"te\xffxt,label\na,1\n"),
         ("a.csv", "text,text\na,1\n"),
+        ("a.csv", 'text,label\na,1\n"b,0\n' + "c,1\n" * 98),
+        ("a.csv", 'text,label\na,1\n"'),
         ("a.json", '{"data": []}'),
         ("a.json", '{"train": ['),
         ("a.json", b'{"train": [["\xff", "a"], ["b", "a"]]}'),
@@ -446,6 +451,24 @@ def test_what_is_no_text_is_shown(value):
 @pytest.mark.parametrize("value", [None, True, "", "  ", [1], {"a": 1}, "\0", "\ud83d"], ids=repr)
 def test_what_is_no_label_is_shown(value):
     assert refused(lambda: label_of(record(label=value), "label")) == f"x.csv:3: label={value!r} is not a label"
+
+
+def test_labels_of_one_file_are_all_texts_or_all_numbers(tmp_path):
+    for labels, message in (
+        (["a", "b", 3, "c"], ":3: label=3 is a number, those before are texts"),
+        ([1, 2.5, "3"], ":3: label='3' is a text, those before are numbers"),
+    ):
+        path = put(tmp_path / "a.jsonl", "".join(json.dumps({"label": label, "n": 1}) + "\n" for label in labels))
+        entries, errors = list(Source((path,)).records()), []
+        for entry in entries:
+            try:
+                label_of(entry, "label")
+            except ValueError as error:
+                errors.append(str(error))
+        assert errors == [f"{path}{message}"] and [label_of(entry, "n") for entry in entries] == ["1"] * len(labels)
+    other = put(tmp_path / "b.jsonl", '{"label": 1}\n')
+    both = Source((put(tmp_path / "a.jsonl", '{"label": "a"}\n'), other)).records()
+    assert [label_of(entry, "label") for entry in both] == ["a", "1"], "of one file, not of all"
 
 
 def test_a_column_that_is_missing_offers_the_nearest():

@@ -8,7 +8,7 @@ import pytest
 from toy_start import toy_start
 
 from minibert.data.rows import Row
-from minibert.data.spool import Joined, Part, Spool, take
+from minibert.data.spool import Part, Spool, take
 from minibert.tasks.base import Example
 
 ITEMS = [Example(("a", "b" * n), ("x", n), f"file:{n}", None, {"id": n}) for n in range(7)]
@@ -25,20 +25,17 @@ def test_what_is_spooled_comes_back_in_any_order_and_as_often_as_asked(items):
             spool[index]
 
 
-def test_parts_and_joined_sequences_are_views():
-    first, second = Spool(ITEMS[:3]), ITEMS[3:]
-    joined = Joined([first, [], second])
-    assert list(joined) == ITEMS and len(joined) == 7 and joined[4] == ITEMS[4]
-    assert joined[-1] == ITEMS[6] and list(joined[1:6:2]) == ITEMS[1:6:2] and list(first[:-1]) == ITEMS[:2]
-    part = Part(joined, [5, 0, 5])
+def test_parts_are_views():
+    spool = Spool(ITEMS)
+    assert list(spool[1:6:2]) == ITEMS[1:6:2] and list(spool[:-1]) == ITEMS[:6]
+    part = Part(spool, [5, 0, 5])
     assert part[-1] == ITEMS[5] and list(part[1:]) == [ITEMS[0], ITEMS[5]]
-    for one in (joined, part):
-        for index in (len(one), -len(one) - 1):
-            with pytest.raises(IndexError):
-                one[index]
+    for index in (len(part), -len(part) - 1):
+        with pytest.raises(IndexError):
+            part[index]
     assert list(part) == [ITEMS[5], ITEMS[0], ITEMS[5]] and len(part) == 3
-    assert take(second, [1, 0]) == [ITEMS[4], ITEMS[3]]
-    assert isinstance(take(first, [1]), Part)
+    assert take(ITEMS, [1, 0]) == [ITEMS[1], ITEMS[0]]
+    assert isinstance(take(spool, [1]), Part)
 
 
 def test_what_is_taken_from_the_middle_of_a_walk_does_not_disturb_it():

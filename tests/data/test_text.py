@@ -89,7 +89,7 @@ def test_broken_records_may_be_left_out_one_by_one(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
     write(tmp_path / "a.txt", b"a\n\xff\n\nb\n")
     write(tmp_path / "a.jsonl", b'{"text": "a"}\n{"text": \n[]\n{"txt": ""}\n{"text": 3}\n\xff\n{"text": "b"}\n')
-    write(tmp_path / "a.csv", b'n,text\n1,a\n2\n3,b,c\n4,\xff\n5,b\n6,"\n')
+    write(tmp_path / "a.csv", b'n,text\n1,a\n2\n3,b,c\n4,\xff\n5,b\n6,"\n7"c,\n')
     write(tmp_path / "wiki", b"<doc id=1>\na\n</doc>\nstray\n<doc id=2>\nb\n</doc>\n<doc id=3>\nc\n")
     for name, count in {"a.parquet": 1, "a.txt": 1, "a.jsonl": 5, "a.csv": 4, "wiki": 2}.items():
         errors = []
@@ -105,6 +105,12 @@ def test_an_error_behind_a_line_that_was_left_out_still_has_its_own_line(tmp_pat
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n\xff\n{"text": 3}\n')
     assert list(read_file(path, "text", errors.append)) == [["a"]]
     assert [str(error).split(": ")[0] for error in errors] == [f"{path}:2", f"{path}:3"]
+
+
+def test_a_quotation_mark_that_is_never_closed_is_an_error_of_the_whole_file(tmp_path):
+    path = write(tmp_path / "a.csv", 'text,n\na,1\n"b,2\n' + "c,3\n" * 98)
+    for policy in ({}, {"bad": lambda error: None}):
+        refuses(path, "a.csv:3: unexpected end of data, 99 lines were read as one row", **policy)
 
 
 def test_quotes_in_a_tsv_are_text(tmp_path):
@@ -158,8 +164,8 @@ def test_broken_files_are_refused_with_file_and_line(tmp_path):
     refuses(write(tmp_path / "list.jsonl", '["text"]\n'), "list.jsonl:1", "object", "list")
     refuses(write(tmp_path / "n.jsonl", '{"text": "a"}\n{"text": 7}\n'), "n.jsonl:2", "int", "text")
     refuses(write(tmp_path / "null.jsonl", '{"text": null}\n'), "null.jsonl:1", "NoneType")
-    refuses(write(tmp_path / "short.csv", "text,label\na,1\nb\n"), "short.csv:3", "1 columns", "2")
-    refuses(write(tmp_path / "quote.csv", 'text\n"open\n'), "quote.csv:2")
+    refuses(write(tmp_path / "short.csv", "text,label\na,1\nb\n"), "short.csv:3", "1 fields", "2")
+    refuses(write(tmp_path / "big.jsonl", '{"text": "a"}\n{"n": ' + "9" * 5000 + "}\n"), "big.jsonl:2", "Exceeds")
     refuses(write(tmp_path / "wiki", "<doc id=1>\ntext\n"), "wiki:1", "closed")
     refuses(write(tmp_path / "wiki2", "<doc id=1>\ntext\n</doc>\nstray\n"), "wiki2:4", "outside")
 

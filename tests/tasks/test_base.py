@@ -10,7 +10,7 @@ from small import PIECES, TOKENIZER, build, refused
 
 from minibert import BertForMaskedLM, BertForSequenceClassification
 from minibert.config import BertConfig
-from minibert.data.records import Record
+from minibert.data.records import Record, as_records
 from minibert.tasks import TASKS, Example, base, draw_examples, make_task, read_examples, split_examples, task_of
 
 
@@ -71,6 +71,57 @@ def test_a_record_that_is_no_example_is_said_and_passed_over():
     assert [example.where for example in examples] == ["x:0", "x:2"]
     assert [str(error) for error in errors] == ["x:1: text=' ' is not a text"]
     assert refused(lambda: list(read_examples(make_task("classification"), records))) == str(errors[0])
+
+
+def test_an_id_is_that_of_one_record_of_a_file():
+    rows = [("a:1", 1), ("a:2", "1"), ("a:3", 1), ("b:1", 1), ("b:2", None), ("b:3", None)]
+    records = [Record(where, {"sentences": ["one"], "summary": "one", "id": name}) for where, name in rows]
+    errors = []
+    assert len(list(read_examples(make_task("summary"), records, errors.append))) == 5
+    assert [str(error) for error in errors] == ["a:3: id=1 is the id of an earlier record, too"]
+    texts = [Record(f"a:{i}", {"text": "one", "label": "a", "id": 1}) for i in range(2)]
+    assert len(list(read_examples(make_task("classification"), texts))) == 2, "a column that nobody reads"
+
+
+RELATION = "<e1>a</e1> made <e2>b</e2>"
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "other", "strange", "message"),
+    [
+        ("classification", {"text": "a", "label": "x"}, {"label": "y"}, {"label": "z"}, "label='z' is not one of x, y"),
+        ("intent", {"text": "a", "label": "x"}, {"label": "y"}, {"label": "z"}, "label='z' is not one of x, y"),
+        ("multilabel", {"text": "a", "labels": "x"}, {"labels": "y"}, {"labels": "z"}, "labels='z' is not one of x, y"),
+        ("relation", {"text": RELATION, "label": "x"}, {"label": "y"}, {"label": "z"}, "label='z' is not one of x, y"),
+        (
+            "ner", {"tokens": ["a"], "tags": ["O"]}, {"tags": ["B-x"]}, {"tags": ["I-y"]},
+            "tags='I-y' is not one of B-x, O",
+        ),
+        (
+            "joint", {"tokens": ["a"], "tags": ["O"], "label": "x"}, {"tags": ["B-x"], "label": "y"}, {"label": "z"},
+            "label='z' is not one of x, y",
+        ),
+        (
+            "joint", {"tokens": ["a"], "tags": ["O"], "label": "x"}, {"tags": ["B-x"], "label": "y"}, {"tags": ["I-y"]},
+            "tags='I-y' is not one of B-x, O",
+        ),
+        (
+            "choice", {"question": "a", "choices": ["b", "c"], "label": 0}, {"label": 1}, {"choices": ["b", "c", "d"]},
+            "choices has 3 texts, expected 2",
+        ),
+        (
+            "embedding", {"sentence1": "a", "sentence2": "b", "score": 1}, {"score": 2}, {"score": 9},
+            "label=9 is not from 0 to scale=5",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_examples_learned_from_do_not_know_is_no_example_afterwards(name, record, other, strange, message):
+    task, rows = make_task(name), [record, record | other]
+    config = BertConfig(**task.config(list(read_examples(task, as_records(rows)))))
+    learned, errors = make_task(name, **config.task_specific_params), []
+    records = as_records([*rows, record | strange])
+    assert len(list(read_examples(learned, records, errors.append, config))) == 2
+    assert [str(error) for error in errors] == [f"records:3: {message}"]
 
 
 @pytest.mark.parametrize(

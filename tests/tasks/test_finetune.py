@@ -123,10 +123,22 @@ def test_from_scratch_nothing_but_the_shape_and_the_tokenizer_is_taken(weights, 
 
 
 def test_examples_are_drawn_for_learning_but_labels_are_known_from_all(weights, tmp_path):
-    parts = {"train": examples(30), "valid": examples(9), "test": [Example(("the mat",), "mat", "x:1")]}
-    fit(weights, tmp_path / "run", "classification", parts, max_train=7, steps=1)
+    parts = {"train": [*examples(30), Example(("the mat",), "mat", "x:30")], "valid": examples(9)}
+    fit(weights, tmp_path / "run", "classification", parts, max_train=2, steps=1)
     network = BertForSequenceClassification.from_pretrained(latest(tmp_path / "run"))
     assert network.config.id2label == ("cat", "dog", "mat", "oos")
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_label_that_only_held_out_examples_have_is_refused_unless_it_is_known(split, weights, tmp_path):
+    odd = Example(("the mat",), "zoo", "x.csv:7")
+    parts = {"train": examples(9), "valid": examples(5), "test": examples(5)}
+    parts |= {split: [*parts[split], odd]}
+    message = refused(lambda: fit(weights, tmp_path / "run", "classification", parts))
+    assert message == "x.csv:7: label='zoo' is not one of cat, dog, oos" and not (tmp_path / "run").exists()
+    fit(weights, tmp_path / "run", "classification", parts, known=[*parts["train"], odd], steps=1)
+    network = BertForSequenceClassification.from_pretrained(latest(tmp_path / "run"))
+    assert network.config.id2label == ("cat", "dog", "oos", "zoo")
 
 
 @pytest.mark.parametrize(

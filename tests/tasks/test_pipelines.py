@@ -170,6 +170,11 @@ def test_a_model_that_is_not_for_the_task_is_refused_in_one_line(task, directory
         ("choice", ("who", "ada"), r"input:1: choices=\('ada',\) is not a list of 2 or more texts"),
         ("choice", ("who", "a", "b", "c"), "input:1: choices has 3 texts, expected 2"),
         ("relation", "ada lives", "input:1: text='ada lives' does not mark"),
+        ("classification", 5, "input:1: text=5 is not a text"),
+        ("ner", None, "input:1: text=None is not a text"),
+        ("classification", ["ada", 5], "input:2: text=5 is not a text"),
+        ("qa", None, "None: expected a question .* the context"),
+        ("choice", 5, r"input:1: question=5 is not a text"),
     ],
 )
 def test_an_input_that_is_not_the_tasks_is_refused_in_one_line(name, wrong, message, models):

@@ -138,7 +138,7 @@ def test_what_is_not_tagged_words_is_refused_by_name(fields, message):
 def test_a_tag_outside_of_the_scheme_or_never_learned_names_its_line(tokenizer):
     with pytest.raises(ValueError, match="^a.txt:4: tag 'S-city' is not one of O, B-…, I-…$"):
         Tagging(scheme="iob2").example(tagged("york", "S-city"))
-    with pytest.raises(ValueError, match="a.txt:4: label='B-citi' is not one of"):
+    with pytest.raises(ValueError, match="a.txt:4: tags='B-citi' is not one of"):
         encode(tokenizer, tagged("york", "B-citi"))
 
 
