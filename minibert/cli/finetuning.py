@@ -175,7 +175,7 @@ def finetune(
         every = options | changes
         tasks[folder] = chosen_task(every)
         check_lora(**pick(every, "lora lora_alpha scratch reinit_layers"))
-        TrainConfig(**pick(every, TRAINING), steps=1)
+        TrainConfig(**pick(every, TRAINING), steps=1, eval_every=1, best_metric=tasks[folder].metric)
     if learning_curve:
         figure_class()  # where there is none, say so before hours of work
     for number, (folder, changes) in enumerate(runs.items(), 1):

@@ -128,10 +128,13 @@ def test_labels_become_what_the_head_learns_and_only_those_rows_are_learned(name
     assert [row.example for row in learnable(rows, 1)] == [i for i, label in enumerate(labels) if label is not None]
 
 
-@pytest.mark.parametrize(("name", "target"), [("classification", "bda"), ("intent", "bda"), ("multilabel", ("bda",))])
-def test_a_label_that_training_never_saw_is_named(name, target):
+@pytest.mark.parametrize(
+    ("name", "target", "field"),
+    [("classification", "bda", "label"), ("intent", "bda", "label"), ("multilabel", ("bda",), "labels")],
+)
+def test_a_label_that_training_never_saw_is_named(name, target, field):
     message = refused(lambda: encode(name, [Example(("the cat",), target, "x.csv:3")], ("bad", "good")))
-    assert message == "x.csv:3: label='bda' is not one of bad, good: did you mean 'bad'?"
+    assert message == f"x.csv:3: {field}='bda' is not one of bad, good: did you mean 'bad'?"
 
 
 def test_texts_become_ids_and_long_ones_are_named():

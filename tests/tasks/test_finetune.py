@@ -131,14 +131,14 @@ def test_examples_are_drawn_for_learning_but_labels_are_known_from_all(weights, 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_label_that_only_held_out_examples_have_is_refused_unless_it_is_known(split, weights, tmp_path):
-    odd = Example(("the mat",), "bird", "x.csv:7")
+    odd = Example(("the mat",), "fish", "x.csv:7")
     parts = {"train": examples(9), "valid": examples(5), "test": examples(5)}
     parts |= {split: [*parts[split], odd]}
     message = refused(lambda: fit(weights, tmp_path / "run", "classification", parts))
-    assert message == "x.csv:7: label='bird' is not one of cat, dog, oos" and not (tmp_path / "run").exists()
+    assert message == "x.csv:7: label='fish' is not one of cat, dog, oos" and not (tmp_path / "run").exists()
     fit(weights, tmp_path / "run", "classification", parts, known=[*parts["train"], odd], steps=1)
     network = BertForSequenceClassification.from_pretrained(latest(tmp_path / "run"))
-    assert network.config.id2label == ("bird", "cat", "dog", "oos")
+    assert network.config.id2label == ("cat", "dog", "fish", "oos")
 
 
 @pytest.mark.parametrize(

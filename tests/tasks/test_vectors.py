@@ -91,7 +91,7 @@ def test_vectors_are_learned_from_pairs_alone():
         ({"loss": "triplet"}, "loss='triplet' is not one of cosine, contrastive"),
         ({"pooling": "max"}, "pooling='max' is not one of mean, cls"),
         ({"scale": 0}, "scale=0 is not a positive number"),
-        ({"temperature": float("nan")}, "temperature=nan is not a positive number"),
+        ({"temperature": float("nan")}, "temperature=nan is not a number"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
