@@ -11,6 +11,18 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # tests run side by side, a process a core
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A directory of a small masked language model, to start fine-tuning from."""
+    from small import TOKENIZER, build  # not before Triton's interpreter is chosen
+
+    from minibert import BertForMaskedLM
+
+    directory = tmp_path_factory.mktemp("weights")
+    build(BertForMaskedLM, initializer_range=0.1).save_pretrained(directory, TOKENIZER)
+    return directory
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -162,20 +162,15 @@ def finetune(
     check_fractions(valid_fraction=valid_fraction)
     if test_fraction:
         check_fractions(test_fraction=test_fraction)
-    for name in ("max_train", "seeds"):
-        if options[name] is not None and options[name] <= 0:
-            raise ValueError(f"{name}={options[name]} is not positive")
+    if seeds <= 0:
+        raise ValueError(f"seeds={seeds} is not positive")
     World.current().check(accumulate, split_on_oom)
     options["device"] = resolve_device(device)
     check_backend(backend, options["device"])
     source, runs, results = resolve_model(init), grid(options), {}
     options |= {"seeds": 1, "sweep": {}, "learning_curve": []}  # a run's config.yaml is of that run
-    tasks = {}
-    for folder, changes in runs.items():  # what cannot be is refused before hours of work
-        every = options | changes
-        tasks[folder] = chosen_task(every)
-        check_lora(**pick(every, "lora lora_alpha scratch reinit_layers"))
-        TrainConfig(**pick(every, TRAINING), steps=1, eval_every=1, best_metric=tasks[folder].metric)
+    # what cannot be is refused before hours of work
+    tasks = {folder: checked_task(options | changes) for folder, changes in runs.items()}
     if learning_curve:
         figure_class()  # where there is none, say so before hours of work
     for number, (folder, changes) in enumerate(runs.items(), 1):
@@ -208,6 +203,16 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
     fit(task, parts, source, out, known=known, begin=begin, **pick(options, f"{TRAINING} {FITTING}"))
     examples = min(len(parts["train"]), options["max_train"] or len(parts["train"]))
     return {"train": {"examples": examples}} | (report_best(out, parts, options) if World.current().leads else {})
+
+
+def checked_task(options: dict[str, Any]) -> Task:
+    """The task of a run, after looking at what else the run is asked for."""
+    if options["max_train"] is not None and options["max_train"] <= 0:
+        raise ValueError(f"max_train={options['max_train']} is not positive")
+    check_lora(**pick(options, "lora lora_alpha scratch reinit_layers"))
+    task = chosen_task(options)
+    TrainConfig(**pick(options, TRAINING), steps=1, eval_every=1, best_metric=task.metric)
+    return task
 
 
 def chosen_task(options: dict[str, Any]) -> Task:

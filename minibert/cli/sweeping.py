@@ -44,8 +44,6 @@ def grid(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for value in values or [None]:
             if not isinstance(value, SWEPT[name]) or isinstance(value, bool) != (SWEPT[name] is bool):
                 raise ValueError(f"sweep of {name} holds {value!r}: expected {kind_name(SWEPT[name])}")
-            if name == "max_train" and value is not None and value <= 0:
-                raise ValueError(f"max_train={value} is not positive")
     runs = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     return {"_".join(f"{name}-{value}" for name, value in run.items()): run for run in runs}
 

@@ -20,13 +20,6 @@ def texts(count, first=0):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("weights")
-    build(BertForMaskedLM, initializer_range=0.1).save_pretrained(directory, TOKENIZER)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def reviews(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "reviews.csv"
     file.write_text("text,label\n" + "".join(f"{text},{'yn'[i % 2]}\n" for i, text in enumerate(texts(40))))

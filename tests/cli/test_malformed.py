@@ -4,9 +4,7 @@ is begun; and what becomes of single records where they may be left out."""
 import json
 
 import pytest
-from small import TOKENIZER, build
 
-from minibert import BertForMaskedLM
 from minibert.cli import main
 from minibert.data.records import Source
 
@@ -91,13 +89,6 @@ MALFORMED = {
         "embedding", {"a.jsonl": lines(*[{"text": "the cat", "score": 1}] * 2)}, ":1: one text: vectors are learned",
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("weights")
-    build(BertForMaskedLM).save_pretrained(directory, TOKENIZER)
-    return directory
 
 
 @pytest.fixture

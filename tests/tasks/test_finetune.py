@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small import TOKENIZER, build, refused
+from small import refused
 
 from minibert import BertForMaskedLM, BertForSequenceClassification
 from minibert.tasks import Example, make_task, task_of
@@ -24,13 +24,6 @@ def examples(count, first=0):
 PARTS = {"train": examples(31), "valid": examples(14, 31)}
 IN_SCOPE = {split: [example for example in part if example.target != "oos"] for split, part in PARTS.items()}
 OUT_OF_SCOPE = {split: [example for example in part if example.target == "oos"] for split, part in PARTS.items()}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("weights")
-    build(BertForMaskedLM, initializer_range=0.1).save_pretrained(directory, TOKENIZER)
-    return directory
 
 
 def fit(weights, out, task="intent", parts=PARTS, **options):

@@ -21,13 +21,6 @@ HEAD = {"classifier.weight", "classifier.bias"}
 NEW = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}  # which a masked language model does not have
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("weights")
-    build(BertForMaskedLM, initializer_range=0.1).save_pretrained(directory, TOKENIZER)
-    return directory
-
-
 def learn(weights, out, **options):
     """Two epochs at rank 3. The network as it was before the first step, as it is, and its last checkpoint."""
     seen = {}

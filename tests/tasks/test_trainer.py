@@ -4,10 +4,10 @@ import dataclasses
 import inspect
 
 import pytest
-from small import TOKENIZER, build, refused
+from small import refused
 
 import minibert
-from minibert import BertForMaskedLM, Trainer, pipeline
+from minibert import Trainer, pipeline
 from minibert.data.records import as_records
 from minibert.hub import load_config
 from minibert.tasks import evaluate, make_task, read_examples, split_examples
@@ -29,13 +29,6 @@ def made(count, first=0):
 
 ROWS, TEST = made(23), made(11, 23)
 TEXTS = ["dogs bark", "why the cat sat", "birds sing at night"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("weights")
-    build(BertForMaskedLM, initializer_range=0.1).save_pretrained(directory, TOKENIZER)
-    return directory
 
 
 @pytest.fixture(scope="module")
