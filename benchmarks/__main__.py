@@ -175,12 +175,13 @@ def tasks(args) -> None:
         fail(f"--seeds {args.seeds}: a standard deviation needs two")
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)
-    options = {"only": args.only, "seeds": args.seeds, "dtype": args.dtype}
+    options = {"only": list(args.only), "seeds": args.seeds, "dtype": args.dtype}
     rows = list(finetuning.results(args.data, args.runs, args.init, corpus=args.corpus, **options))
     if not rows:
         fail(f"--data {args.data} has none of the sets")
     record = {"machine": measure.machine(), "options": options, "peaks": {}, "rows": rows}
-    file = args.out / f"{measure.place_and_date(record['machine'])}-finetune.json"
+    name = free_name(args.out, f"{measure.place_and_date(record['machine'])}-finetune", options)
+    file = args.out / f"{name}.json"
     write_atomically(file, json.dumps(record, indent=1) + "\n")
     print(finetuning.table(rows), file, sep="\n")
 

@@ -221,17 +221,16 @@ def step_times(run: Path, line: Line) -> dict[str, float]:
 def results(
     data: Path, out: Path, init: Path, *, corpus: Path | None, only: Sequence[str], seeds: int, dtype: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the table: lines that are in `out`, and those of `only`, or all, which are made first."""
+    """The rows of the table: all lines, or `only` these. What is not in `out` yet is made first."""
     for name, line in LINES.items():
+        if only and name not in only:
+            continue
         folder, source = folder_of(out, name), data / line.data
         if line.data == LEADS:
             source = out / LEADS
             if corpus is not None and not source.exists():
                 write_leads(corpus, source)
-        made = (folder / "runs.json").exists()
-        if not made and only and name not in only:
-            continue
-        if not made and not source.exists():
+        if not (folder / "runs.json").exists() and not source.exists():
             print(f"{name}: left out: there is no {source}", file=sys.stderr)
             continue
         ours(line, folder, source, init, seeds, dtype)

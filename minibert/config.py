@@ -160,6 +160,13 @@ def one_of(field: str, value: Any, known) -> None:
         raise ValueError(f"{field}={value!r} is not one of {shown}{hint}")
 
 
+def check_fractions(**values: float) -> None:
+    """Raise ValueError for the first value that is not between 0 and 1."""
+    for name, value in values.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value} is not between 0 and 1")
+
+
 def refuse_unknown(given, config, where: str = "config") -> None:
     """Raise ValueError for the first key of `given` that is no field of the dataclass `config`."""
     fields = [field.name for field in dataclasses.fields(config)]

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import random
+import shlex
 
 import pytest
-from test_readme import ROOT, blocks, minibert_commands
+from test_readme import ROOT, blocks, console, minibert_commands
 from toy_start import toy_start, write_jsonl
 
+from benchmarks import finetuning
+from benchmarks.__main__ import main as benchmarks
 from minibert.cli import main
 from minibert.data.records import find_splits
 from minibert.demo import REVIEWS
@@ -50,7 +53,8 @@ def published(folder):
         write(folder / f"snips/{split}/label", "Where\nWho\n" * 3)
     relation = '{}\t"<e1>Ada</e1> lived in <e2>London</e2>."\n{}\nComment:\n\n'
     names = ["In(e1,e2)", "In(e2,e1)", "Other"]
-    write(folder / "semeval2010_task8/train.txt", "".join(relation.format(i, names[i % 3]) for i in range(30)))
+    for split in ("train", "test"):
+        write(folder / f"semeval2010_task8/{split}.txt", "".join(relation.format(i, names[i % 3]) for i in range(30)))
     asked = [
         {"id": f"q{i}", "question": "who lived", "answers": [{"text": "Ada", "answer_start": 0}]} for i in range(20)
     ]
@@ -69,14 +73,38 @@ def published(folder):
     write_jsonl(folder / "headlines.jsonl", headlines)
 
 
+def labelled(folder):
+    """The folder of sets that the benchmarks take, with those of `published` and the others; and a corpus."""
+    for split in ("train", "dev"):
+        write(folder / f"labelled/glue/CoLA/{split}.tsv", "".join(f"s\t{i % 2}\t\tthe cat sees\n" for i in range(8)))
+        follows = "".join(f"{i}\tada lived\tada\t{'not_' * (i % 2)}entailment\n" for i in range(8))
+        write(folder / f"labelled/glue/RTE/{split}.tsv", "index\tsentence1\tsentence2\tlabel\n" + follows)
+    for split in ("train", "test"):
+        asked = "".join(f"who is in the {('moon', 'lamp')[i % 2]}?,{'ab'[i % 2]}\n" for i in range(30))
+        write(folder / f"labelled/banking77/{split}.csv", "text,category\n" + asked)
+    for there, name in {
+        "glue/SST-2": "SST-2", "glue/STS-B": "STS-B", "snips": "snips", "semeval2010_task8": "semeval2010_task8",
+        "clinc150/data_full.json": "clinc150.json", "squad/dev-v1.1.rebuilt.json": "squad.json",
+    }.items():  # fmt: skip
+        link = folder / "labelled" / there
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(folder / name)
+    article = (
+        '<doc id="{0}" title="Cat">\nCat\n\n' + "The cat sees a moon. " * 12 + "\n" + "A red lamp. " * 9 + "\n</doc>\n"
+    )
+    write(folder / "wikipedia/wiki_00", "".join(map(article.format, range(12))))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     published(folder)
+    labelled(folder)
     letters = " ".join(f"{c} ##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789.,'!?-:")
     toy_start(
-        folder / "runs/tiny", f"{WORDS} {letters}", max_position_embeddings=96, hidden_size=24, num_hidden_layers=1
+        folder / "runs/tiny", f"{WORDS} {letters}", max_position_embeddings=256, hidden_size=24, num_hidden_layers=1
     )
+    (folder / "all-MiniLM-L6-v2").symlink_to("runs/tiny")
     return folder
 
 
@@ -100,6 +128,18 @@ def test_every_command_about_finetuning_runs(runs):
     assert len((runs / "answers.jsonl").read_text().splitlines()) == 40
     cells = json.loads((runs / "runs/five/runs.json").read_text())["cells"]
     assert [cell["runs"] for cell in cells] == [["seed-0", "seed-1"]]
+
+
+def test_every_command_that_made_a_table_runs(folder, monkeypatch, capsys):
+    pytest.importorskip("rouge_score")
+    monkeypatch.chdir(folder)
+    lines = [line.split("-m benchmarks")[1] for line in console(FINETUNING) if "-m benchmarks" in line]
+    for line in lines:
+        assert benchmarks([*shlex.split(line), "--seeds", "2", "--out", "records"]) == 0
+    records = [json.loads(file.read_text()) for file in folder.glob("records/*.json")]
+    assert len(records) == len(lines)
+    assert {row["case"] for record in records for row in record["rows"]} == {*finetuning.LINES}
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_the_python_about_finetuning_runs(runs, monkeypatch, capsys):

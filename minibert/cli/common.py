@@ -140,12 +140,6 @@ def pick(options: Mapping[str, Any], names: str) -> dict[str, Any]:
     return {name: options[name] for name in names.split()}
 
 
-def check_fractions(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < 1:
-            raise ValueError(f"{name}={value} is not between 0 and 1")
-
-
 class BadRecords:
     """What becomes of records that cannot be used: `fail` ends the command, `skip` counts, `report` names each, too."""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from torch import nn
 
-from ..config import BertConfig
+from ..config import BertConfig, check_fractions
 from ..data import PretrainingData
 from ..data.records import Record, Source, find_splits
 from ..data.report import figure_class
@@ -41,7 +41,6 @@ from .common import (
     BadRecords,
     check_backend,
     check_causal,
-    check_fractions,
     language_model,
     load,
     open_store,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 
-from ..config import PRESETS, BertConfig
+from ..config import PRESETS, BertConfig, check_fractions
 from ..data import OBJECTIVES, Mixture, PretrainingData, TokenStore, split_documents
 from ..data.masking import UNITS, check_masking
 from ..data.objectives import check_objectives
@@ -37,7 +37,6 @@ from ..train import (
 from .common import (
     check_backend,
     check_causal,
-    check_fractions,
     describe,
     find_store,
     language_model,

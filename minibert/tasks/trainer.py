@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import one_of
+from ..config import check_fractions, one_of
 from ..data.records import as_records
 from ..data.spool import Spool
 from ..train import Result, TrainConfig
@@ -41,8 +41,7 @@ class Trainer:
     def __init__(self, task: str | Task, init, run_dir, *, valid_fraction: float = 0.1, **options: Any):
         for name in options:
             one_of("option", name, OPTIONS)
-        if not 0 < valid_fraction < 1:
-            raise ValueError(f"valid_fraction={valid_fraction} is not between 0 and 1")
+        check_fractions(valid_fraction=valid_fraction)
         self.task = make_task(task) if isinstance(task, str) else task
         self.init, self.run_dir, self.valid_fraction = init, Path(run_dir), valid_fraction
         self.options = {"device": "cuda" if torch.cuda.is_available() else "cpu"} | options
