@@ -10,7 +10,7 @@ from ..files import write_atomically
 from ..model import BertForMaskedLM, BertModel
 from ..model.heads import MLMHead
 from ..train import resolve_model
-from .common import load, model_kind, print_json, resolve_device, say
+from .common import load, model_kind, print_json, refuse_taken, resolve_device, say
 from .flags import Backend, Device, Json, Pickle
 
 
@@ -40,8 +40,7 @@ def explain(
         raise ValueError("give a directory and, after it, at least one text")
     if out is None and not json:
         raise ValueError("say where the page goes with --out page.html, or ask for --json")
-    if out is not None and not Path(out).parent.is_dir():
-        raise ValueError(f"--out {out}: expected a file in a directory that exists")
+    refuse_taken("out", out)
     source, device = resolve_model(what[0]), resolve_device(device)
     tokenizer, kind = Tokenizer.from_pretrained(source), model_kind(source, allow_pickle)
     if kind is BertModel:

@@ -42,6 +42,8 @@ def test_a_page_holds_every_text(saved, tmp_path, capsys):
     assert text.count("<article>") == 2 and "&lt;b&gt;broken&lt;/b&gt;" in text and "<b>" not in text
     assert "no masked-language-model head" in text
     assert capsys.readouterr().err == f"2 texts explained in {page}\n"
+    assert main(command) == 2 and page.read_text(encoding="utf-8") == text
+    assert f"--out {page}: expected a new file in a directory that exists" in capsys.readouterr().err
 
 
 def test_json_has_pairs_labels_and_the_guesses_of_another_head(saved, capsys):
