@@ -49,7 +49,9 @@ class Line:
 
 
 LINES = {
-    "SST-2": Line("glue/SST-2", "--epochs 1 --lr 2e-4", ("valid accuracy", "valid f1")),
+    "SST-2": Line(
+        "glue/SST-2", "--epochs 1.2 --lr 1e-4 --batch-size 64 --eval-every 300", ("valid accuracy", "valid f1")
+    ),
     "SST-2, part": Line("glue/SST-2", "--max-train 5000 --epochs 1 --lr 2e-4", ("valid accuracy", "valid f1"), True),
     "banking77": Line("banking77", "--epochs 4 --lr 3e-4", ("test accuracy", "test f1")),
     "CLINC150": Line(
@@ -61,7 +63,7 @@ LINES = {
     ),
     "SemEval-2010 task 8": Line("semeval2010_task8", "--task relation --epochs 4 --lr 3e-4", ("test f1",)),
     "CoLA": Line("glue/CoLA", "--epochs 2 --lr 2e-4", ("valid accuracy", "valid mcc")),
-    "RTE": Line("glue/RTE", "--epochs 1 --lr 2e-4 --max-length 128 --truncate", ("valid accuracy",)),
+    "RTE": Line("glue/RTE", "--epochs 2 --lr 1e-4 --max-length 128 --truncate", ("valid accuracy",)),
     "STS-B": Line(
         "glue/STS-B", "--task embedding --max-train 2000 --epochs 1 --lr 2e-5", ("valid spearman", "valid pearson")
     ),
