@@ -73,7 +73,9 @@ LINES = {
         ("valid f1", "valid exact_match"),
     ),
     "Wikipedia leads": Line(
-        LEADS, "--task summary --epochs 2 --lr 2e-4 --truncate", ("valid rouge1", "valid rouge2", "valid rougeL")
+        LEADS,
+        "--task summary --epochs 2 --lr 2e-4 --batch-size 8 --truncate",
+        ("valid rouge1", "valid rouge2", "valid rougeL"),
     ),
 }  # fmt: skip
 
@@ -247,14 +249,15 @@ def row_of(name: str, line: Line, folder: Path) -> dict[str, Any]:
     beside = json.loads(kept.read_text()) if kept.exists() else {}
     for part, make in (("without", without_learning), ("theirs", theirs), ("step", step_times)):
         if part not in beside and (line.theirs or part == "without"):
-            beside[part] = [make(run, line) for run in (runs if part == "theirs" else runs[:1])]
+            beside[part] = [make(run, line) for run in (runs[:1] if part == "step" else runs)]
             write_atomically(kept, json.dumps(beside, indent=1) + "\n")
     row = {
         "suite": "finetune", "case": name, "provider": "minibert", "flags": line.flags, "runs": len(runs),
         "examples": cell["examples"], "minutes": mean(minutes(run) for run in runs),
         "cpu": record["machine"]["processor"], "threads": record["machine"]["threads"],
         "dtype": record["config"]["dtype"], "commit": (record["git"] or {}).get("commit"),
-        "numbers": {metric: cell["numbers"][metric] for metric in line.metrics}, "without": beside["without"][0],
+        "numbers": {metric: cell["numbers"][metric] for metric in line.metrics},
+        "without": {metric: mean(found[metric] for found in beside["without"]) for metric in beside["without"][0]},
     }  # fmt: skip
     if line.theirs:
         from minibert.cli.sweeping import spread
