@@ -3,7 +3,7 @@
     python -m benchmarks infer --quick                       # minutes on two cores
     python -m benchmarks kernels --dtype bfloat16            # every op beside its peers, on a GPU
     python -m benchmarks all --out results                   # everything, JSON, CSV and one HTML page
-    python -m benchmarks report results/*.json --html page.html
+    python -m benchmarks report A.json B.json --html page.html
     python -m benchmarks --compare OLD.json NEW.json         # exit code 1 where something got slower
 
 docs/benchmarks.md says how each number is made, and what it does not say.
@@ -93,11 +93,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--dry-run", action="store_true", help="on the CPU, at toy size, kernels in the interpreter")
     verb.add_argument("--minutes", type=float, default=9)
     verb.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results (default runs/gpu)")
-    verb = verbs.add_parser("finetune", help="what fine-tuning reaches on published sets, lines that are not there yet")
+    verb = verbs.add_parser(
+        "finetune", help="what fine-tuning reaches on published sets; what is made is not made again"
+    )
     verb.add_argument("--data", type=Path, required=True, help="folder of the sets, as finetuning.LINES names them")
     verb.add_argument("--init", type=Path, required=True, help="folder of the pretrained weights")
     verb.add_argument("--corpus", type=Path, help="articles whose first paragraphs are to be summaries")
-    verb.add_argument("--only", nargs="+", default=(), choices=finetuning.LINES, metavar="NAME", help="of these sets")
+    verb.add_argument(
+        "--only", nargs="+", default=(), choices=finetuning.LINES, metavar="NAME", help="these sets alone"
+    )
     verb.add_argument("--seeds", type=positive, default=3)
     verb.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     verb.add_argument("--runs", type=Path, default=Path("runs/tasks"), help="folder for the runs (default runs/tasks)")
@@ -176,7 +180,11 @@ def tasks(args) -> None:
     for folder in (args.runs, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     options = {"only": list(args.only), "seeds": args.seeds, "dtype": args.dtype}
-    rows = list(finetuning.results(args.data, args.runs, args.init, corpus=args.corpus, **options))
+    try:
+        rows = list(finetuning.results(args.data, args.runs, args.init, corpus=args.corpus, **options))
+    except ValueError as error:
+        fail(str(error))
+    options = {"data": str(args.data), "init": str(args.init)} | options
     if not rows:
         fail(f"--data {args.data} has none of the sets")
     record = {"machine": measure.machine(), "options": options, "peaks": {}, "rows": rows}
@@ -202,7 +210,7 @@ def free_name(folder: Path, name: str, options: dict) -> str:
                 return found
         except FileNotFoundError:
             return found
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
 
 

@@ -32,15 +32,18 @@ from minibert.train.optim import adamw
 
 from . import peers
 
-ARTICLES = 300  # whose first paragraphs are to be summaries, where the folder of sets has none
+ARTICLES = 300  # whose first paragraphs are to be summaries
 LEADS = f"leads-{ARTICLES}.jsonl"
+FLAGS = "flags.txt"
 BODY = range(8, 41)  # sentences of an article that is summarised
 TIMED = 12  # steps of each side
 
 
 @dataclass(frozen=True)
 class Line:
-    """data: below the folder of published sets. flags: of `minibert finetune`. metrics: of its runs.json."""
+    """data: below the folder of published sets; LEADS lies beside the runs. flags: of `minibert finetune`.
+    metrics: of its runs.json.
+    """
 
     data: str
     flags: str
@@ -96,20 +99,29 @@ def write_leads(corpus: Path, file: Path, count: int = ARTICLES) -> None:
     write_atomically(file, "\n".join(lines) + "\n")
 
 
-def ours(line: Line, folder: Path, data: Path, init: Path, seeds: int, dtype: str) -> None:
+def flags_of(line: Line, folder: Path, data: Path, init: Path, seeds: int, dtype: str) -> list[str]:
+    """Those of `minibert finetune` that make a line in `folder`.
+
+    Raises:
+        ValueError: the folder was made with others.
+    """
+    flags = ["--data", str(data), "--init", str(init), "--out", str(folder), *line.flags.split(), "--dtype", dtype]
+    flags += ["--seeds", str(seeds), "--group-by-length"]
+    kept = folder / FLAGS
+    if folder.exists() and (not kept.exists() or kept.read_text() != " ".join(flags)):
+        raise ValueError(f"{folder} was not made with {' '.join(flags)}: name another folder with --runs")
+    return flags
+
+
+def ours(folder: Path, flags: list[str]) -> None:
     """`minibert finetune`, or nothing where that was done."""
     from minibert.cli import main as minibert  # its packages may be missing where kernels are timed
 
-    flags = ["--data", str(data), "--init", str(init), "--out", str(folder), *line.flags.split(), "--dtype", dtype]
-    flags += ["--seeds", str(seeds), "--group-by-length"]
-    asked, kept = " ".join(flags), folder / "flags.txt"
-    if folder.exists() and (not kept.exists() or kept.read_text() != asked):
-        sys.exit(f"benchmarks: error: {folder} was not made with {asked}: name another folder with --runs")
     resume = ["--resume"] if folder.exists() else []
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, asked)
+    write_atomically(folder / FLAGS, " ".join(flags))
     if not (folder / "runs.json").exists() and minibert(["finetune", *flags, *resume]):
-        sys.exit(f"benchmarks: error: {asked} did not end well")
+        raise ValueError(f"{' '.join(flags)} did not end well")
 
 
 @dataclass
@@ -225,19 +237,23 @@ def step_times(run: Path, line: Line) -> dict[str, float]:
 def results(
     data: Path, out: Path, init: Path, *, corpus: Path | None, only: Sequence[str], seeds: int, dtype: str
 ) -> Iterator[dict[str, Any]]:
-    """The rows of the table: all lines, or `only` these. What is not in `out` yet is made first."""
+    """The rows of the table: all lines, or `only` these. What is not in `out` yet is made first.
+
+    Raises:
+        ValueError: a folder was made with other flags, which is said before anything is made; a run did not end well.
+    """
+    todo = {}
     for name, line in LINES.items():
-        if only and name not in only:
-            continue
-        folder, source = folder_of(out, name), data / line.data
-        if line.data == LEADS:
-            source = out / LEADS
-            if corpus is not None and not source.exists():
-                write_leads(corpus, source)
+        if not only or name in only:
+            folder, source = folder_of(out, name), (out if line.data == LEADS else data) / line.data
+            todo[name] = line, folder, source, flags_of(line, folder, source, init, seeds, dtype)
+    for name, (line, folder, source, flags) in todo.items():
+        if line.data == LEADS and corpus is not None and not source.exists():
+            write_leads(corpus, source)
         if not (folder / "runs.json").exists() and not source.exists():
             print(f"{name}: left out: there is no {source}", file=sys.stderr)
             continue
-        ours(line, folder, source, init, seeds, dtype)
+        ours(folder, flags)
         yield row_of(name, line, folder)
 
 
@@ -247,9 +263,11 @@ def row_of(name: str, line: Line, folder: Path) -> dict[str, Any]:
     runs, kept = [folder / run for run in cell["runs"]], folder / "beside.json"
     record = json.loads((runs[0] / "run.json").read_text())
     beside = json.loads(kept.read_text()) if kept.exists() else {}
-    for part, make in (("without", without_learning), ("theirs", theirs), ("step", step_times)):
-        if part not in beside and (line.theirs or part == "without"):
-            beside[part] = [make(run, line) for run in (runs[:1] if part == "step" else runs)]
+    for part, make, of_runs in (
+        ("without", without_learning, runs), ("theirs", theirs, runs), ("step", step_times, runs[:1])
+    ):  # fmt: skip
+        if len(beside.get(part, ())) != len(of_runs) and (line.theirs or part == "without"):
+            beside[part] = [make(run, line) for run in of_runs]
             write_atomically(kept, json.dumps(beside, indent=1) + "\n")
     row = {
         "suite": "finetune", "case": name, "provider": "minibert", "flags": line.flags, "runs": len(runs),
