@@ -65,7 +65,7 @@ LINES = {
         "snips", "--task joint --max-train 2500 --epochs 3 --lr 3e-4", ("test intent_accuracy", "test f1"), True
     ),
     "SemEval-2010 task 8": Line("semeval2010_task8", "--task relation --epochs 4 --lr 3e-4", ("test f1",)),
-    "CoLA": Line("glue/CoLA", "--epochs 2 --lr 2e-4", ("valid accuracy", "valid mcc")),
+    "CoLA": Line("glue/CoLA", "--epochs 3 --lr 8e-5", ("valid accuracy", "valid mcc")),
     "RTE": Line("glue/RTE", "--epochs 2 --lr 1e-4 --max-length 128 --truncate", ("valid accuracy",)),
     "STS-B": Line(
         "glue/STS-B", "--task embedding --max-train 2000 --epochs 1 --lr 2e-5", ("valid spearman", "valid pearson")
