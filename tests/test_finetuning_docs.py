@@ -152,7 +152,7 @@ def test_the_python_about_finetuning_runs(runs, monkeypatch, capsys):
 
 
 def test_the_page_names_every_task_and_every_option():
-    learned = {"num_choices", "may_be_none", "intents"}  # from the examples, by the task itself
+    learned = {"num_choices", "may_be_none", "intents", "texts"}  # from the examples, by the task itself
     for name, kind in TASKS.items():
         assert f"| `{name}` |" in FINETUNING, name
         for field in {field.name for field in dataclasses.fields(kind)} - learned:

@@ -1,6 +1,7 @@
 """Steps that several verbs share."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..train import Run, World, check_device, started
 def say(text: str, **options) -> None:
     """A line on stderr; of several processes, the first says it for all."""
     if started().leads:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text, **options)
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False).print(text, **options)
 
 
 def resolve_device(device: str) -> str:
@@ -130,7 +131,7 @@ def save_options(run: Run, verb: str, options: dict[str, Any]) -> None:
         return
     kept = {name: value for name, value in options.items() if name != "resume"}
     text = yaml.safe_dump(kept, sort_keys=False)
-    say(f"minibert {verb}\n{text}", end="", markup=False)
+    say(f"minibert {verb}\n{text}", end="")
     file = run.path / "config.yaml"
     if not (run.resume and file.exists()):  # a resume that is refused must not change what the run says of itself
         write_atomically(file, text)
@@ -152,7 +153,7 @@ class BadRecords:
             raise error
         self.count += 1
         if self.mode == "report":
-            say(str(error), markup=False)
+            say(str(error))
 
     def summary(self) -> None:
         if self.count:
@@ -160,7 +161,16 @@ class BadRecords:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(strict(value), ensure_ascii=False))
+
+
+def strict(value: Any) -> Any:
+    """What JSON can hold: None for each nan, as of a correlation that is undefined."""
+    if isinstance(value, Mapping):
+        return {name: strict(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_result(result: Mapping[str, Any], as_json: bool, file=None) -> None:
@@ -168,7 +178,8 @@ def print_result(result: Mapping[str, Any], as_json: bool, file=None) -> None:
     if as_json:
         print_json(result)
         return
-    console, table = Console(highlight=False, file=file or sys.stdout), Table(show_header=False)
+    console = Console(highlight=False, markup=False, emoji=False, file=file or sys.stdout)
+    table = Table(show_header=False)
     nested = {}
     for name, value in result.items():
         if isinstance(value, dict):

@@ -51,7 +51,7 @@ def explain(
     explanations = [explain_text(network, tokenizer, text, pair, **options) for text in what[1:]]
     if out is not None:
         write_atomically(Path(out), render(explanations, f"Inside {what[0]}"))
-        say(f"{len(explanations)} {'text' if len(explanations) == 1 else 'texts'} explained in {out}", markup=False)
+        say(f"{len(explanations)} {'text' if len(explanations) == 1 else 'texts'} explained in {out}")
     if json:
         print_json({"explanations": [one.to_dict() for one in explanations]})
 

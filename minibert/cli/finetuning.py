@@ -3,8 +3,9 @@
 import dataclasses
 import json as jsonlib
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from ..config import BertConfig, check_fractions
 from ..data import PretrainingData
-from ..data.records import Record, Source, find_splits
+from ..data.records import SHOWN, Record, Source, find_splits
 from ..data.report import figure_class
 from ..data.spool import Spool
 from ..data.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ from .common import (
     resolve_device,
     save_options,
     say,
+    strict,
 )
 from .flags import (
     Accumulate,
@@ -174,13 +176,13 @@ def finetune(
         figure_class()  # where there is none, say so before hours of work
     for number, (folder, changes) in enumerate(runs.items(), 1):
         if len(runs) > 1:
-            say(f"run {number} of {len(runs)}: {folder}", markup=False)
+            say(f"run {number} of {len(runs)}: {folder}")
         try:
             results[folder] = changes, one_run(tasks[folder], source, Path(out) / folder, options | changes)
         except NonFiniteError as error:
             if len(runs) == 1:
                 raise
-            say(f"left out: {error}", markup=False)
+            say(f"left out: {error}")
     if not results:
         raise NonFiniteError(f"none of {len(runs)} runs ended well: try a lower lr")
     if len(runs) > 1 and World.current().leads:
@@ -194,6 +196,8 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
     def begin(run: Run, network: nn.Module) -> None:
         save_options(run, "finetune", options)
         say(", ".join(f"{split}: {len(examples):,} examples" for split, examples in parts.items()))
+        if hasattr(task, "label_column") and network.config.num_labels > 1:
+            say(f"classes: {SHOWN.repr(list(network.config.id2label))}")
         say(f"new parameters: {'all' if options['scratch'] else ', '.join(network.new_parameters) or 'none'}")
         if options["lora"]:
             few = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -254,16 +258,24 @@ def read_parts(task: Task, options: dict[str, Any]) -> tuple[dict[str, Sequence[
     return parts, known
 
 
-def part_of(paths: list[str], *wanted: str) -> Source:
-    """The first of the wanted splits that these files or this folder have, or all there is where nothing is split."""
+def part_of(paths: list[str], *wanted: str, fits: Callable[[Source], bool] = lambda source: True) -> Source:
+    """The first of the wanted splits that these files or this folder have, if there are several one that `fits`; or
+    all there is where nothing is split."""
     found = find_splits(paths)
     if len(found) == 1:
         return next(iter(found.values()))
-    split = next((split for split in wanted if split in found), None)
-    if split is None:
+    there = [split for split in wanted if split in found]
+    if not there:
         raise ValueError(f"{paths[0]} has {', '.join(found)}, and no {wanted[0]}: name a file")
+    split = next((split for split in there if fits(found[split])), there[0])
     say(f"{paths[0]}: {split}")
     return found[split]
+
+
+def has_labels(task: Task, source: Source) -> bool:
+    """Whether the first of its examples has one."""
+    ignore = lambda error: None  # noqa: E731
+    return any(example.target is not None for example in islice(read_examples(task, source.records(ignore), ignore), 1))
 
 
 def check_labelled(task: Task, examples: Sequence[Example], source: Source) -> None:
@@ -274,7 +286,9 @@ def check_labelled(task: Task, examples: Sequence[Example], source: Source) -> N
     if bare is None:
         return
     if "label_column" in (option.name for option in dataclasses.fields(task)):
-        raise ValueError(f"{bare.where}: it has no label: name its column with --label-column")
+        others = any(example.target is not None for example in examples)
+        advice = ", others have" if others else ": name its column with --label-column"
+        raise ValueError(f"{bare.where}: it has no label{advice}")
     raise ValueError(f"{bare.where}: it has no {' or '.join(task.answers)}")
 
 
@@ -292,7 +306,7 @@ def report_best(out: Path, parts: dict[str, Sequence[Example]], options: dict[st
     for split in splits:
         results[split] = measure(task, network, tokenizer, parts[split])
         print_result({"split": split, **results[split], "checkpoint": str(best)}, as_json=False)
-    write_atomically(kept, jsonlib.dumps(results, indent=2) + "\n")
+    write_atomically(kept, jsonlib.dumps(strict(results), indent=2) + "\n")
     return results
 
 
@@ -328,7 +342,7 @@ def evaluate(
         network = load(kind, source, device, backend, allow_pickle)
         task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
         check_complete(network, source)
-        labelled = part_of(data, "test", "valid")
+        labelled = part_of(data, "test", "valid", fits=lambda source: has_labels(task, source))
         examples = list(read_examples(task, labelled.records(bad), bad, network.config))
         bad.summary()
         check_labelled(task, examples, labelled)
@@ -344,7 +358,7 @@ def evaluate(
         title = f"{model} on {', '.join(data)}"
         page = render_evaluation(task, examples, predictions, result, network.config, title)
         write_atomically(Path(report), page)
-        say(f"the page is {report}", markup=False)
+        say(f"the page is {report}")
 
 
 def evaluate_on_text(
@@ -383,6 +397,7 @@ def predict(
     out: Annotated[str | None, "jsonl file to write to, instead of stdout"] = None,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
+    plain: Annotated[bool, "take a .txt for a text a line, also where its lines look like a labelled set's"] = False,
     on_bad_record: OnBadRecord = "fail",
     truncate: Truncate = False,
     device: Device = "auto",
@@ -405,11 +420,11 @@ def predict(
     check_complete(network, source)
     task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
     if data:
-        records = part_of(data, "test", "valid").records(bad, lambda line: task.fields(*split_texts(line)))
+        records = part_of(data, "test", "valid").records(bad, lambda line: task.fields(*split_texts(line)), plain)
     else:
         records = (Record(f"text {number}", task.fields(*split_texts(one))) for number, one in enumerate(text, 1))
     examples = read_texts(task, records, bad)
-    answers = answer(task, network, Tokenizer.from_pretrained(source), examples)
+    answers = answer(task, network, Tokenizer.from_pretrained(source), examples, places=bool(data))
     write_answers(map(printable, answers), task, out, json)
     bad.summary()
 

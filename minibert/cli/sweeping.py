@@ -14,7 +14,7 @@ from ..files import write_atomically
 from ..tasks import Task
 from ..tasks.finetune import numbers
 from ..train.plot import draw_learning_curve
-from .common import print_result, say
+from .common import print_result, say, strict
 
 RUNS = "runs.json"
 CURVE = "curve.png"
@@ -65,7 +65,7 @@ def report_runs(
     measured = [cell for cell in cells if math.isfinite(mean_of(cell, metric))]
     best = max(measured, key=lambda cell: sign * mean_of(cell, metric), default=None)
     kept = {"metric": metric, "best": best and best["options"], "cells": cells}
-    write_atomically(out / RUNS, json.dumps(kept, indent=2) + "\n")
+    write_atomically(out / RUNS, json.dumps(strict(kept), indent=2) + "\n")
     if len(cells) == 1:
         print_result({"runs": len(runs), "mean and standard deviation": cells[0]["numbers"]}, as_json=False)
         return
@@ -78,7 +78,7 @@ def report_runs(
     print_result({"best": shown(best["options"]) if best else "none", "runs": table}, as_json=False)
     if curve:
         draw_learning_curve(curves(cells, columns[-1]), columns[-1], out / CURVE)
-        say(f"learning curve in {out / CURVE}", markup=False)
+        say(f"learning curve in {out / CURVE}")
 
 
 def summarise(runs: Mapping[str, tuple[dict[str, Any], dict[str, dict]]]) -> list[dict[str, Any]]:

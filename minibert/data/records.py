@@ -1,6 +1,7 @@
 """Published files and folders of labelled text -> records; what a record means is for the tasks to say."""
 
 import json
+import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,16 +59,19 @@ class Source:
     paths: tuple[Path, ...]
     part: tuple[str, ...] | None = None
 
-    def records(self, bad: Bad = refuse, fields_of: Callable[[str], dict] | None = None) -> Iterator[Record]:
+    def records(
+        self, bad: Bad = refuse, fields_of: Callable[[str], dict] | None = None, plain: bool = False
+    ) -> Iterator[Record]:
         """The records of every file; `bad` gets the error of each broken one and may let it pass.
 
-        `fields_of` makes a record's fields of a line of plain text; such files are refused where it is None.
+        `fields_of` makes a record's fields of a line of plain text; such files are refused where it is None. `plain`
+        takes every .txt for one, whatever its lines look like.
 
         Raises:
             ValueError: a file is missing, of no known form, without records, or broken as a whole.
         """
         for path in self.paths:
-            kind, found = format_of(path), False
+            kind, found = LINES if plain and _suffix(path) == ".txt" else format_of(path), False
             if kind == LINES and fields_of is None:
                 raise ValueError(
                     f"{path}: no labelled text: expected sentence TAB 0/1, token and tag columns, or SemEval's "
@@ -98,10 +102,14 @@ def texts_in(record: Record, name: str, least: int = 1) -> tuple[str, ...]:
 
 
 def label_of(record: Record, name: str) -> str:
-    """The label in a field, a number or a string, without surrounding blanks; ValueError if it is neither or blank, or
-    not of the type that this field of the same file had before."""
+    """The label in a field, a finite number or a string, without surrounding blanks; 1.0 is the label 1. ValueError if
+    it is neither or blank, or not of the type that this field of the same file had before."""
     value = _value(record, name)
-    label = "" if isinstance(value, bool) or not isinstance(value, str | int | float) else str(value).strip()
+    is_label = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if not is_label or (isinstance(value, float) and not math.isfinite(value)):
+        label = ""
+    else:
+        label = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
     if not label or NO_TEXT.search(label):
         raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a label")
     kind = "text" if isinstance(value, str) else "number"
@@ -333,35 +341,40 @@ def _read_parquet(path: Path, bad: Bad) -> Iterator[Record]:
 
 
 def _read_snips(path: Path, bad: Bad) -> Iterator[Record]:
-    files = [path / name for name in SNIPS_FILES]
+    """The files of tags and labels may be missing, as where they are to be predicted."""
+    names = [name for name in SNIPS_FILES if (path / name).exists()]
+    files = [path / name for name in names]
     for number, lines in enumerate(zip_longest(*(number_lines(file, bad) for file in files)), 1):
         ended = [file for file, line in zip(files, lines, strict=True) if line is None]
         texts = [line[1] for line in lines if line is not None]
         if None in texts or not any(text.strip() for text in texts):
             continue
         if ended:
-            raise ValueError(
-                f"{ended[0]}:{number}: no such line, which {', '.join(SNIPS_FILES)} need for each sentence"
-            )
-        tokens, tags, label = _words(texts[0]), _words(texts[1]), texts[2].strip()
-        if len(tokens) != len(tags):
-            bad(ValueError(f"{files[1]}:{number}: {len(tags)} tags, {SNIPS_FILES[0]} has {len(tokens)} tokens"))
+            raise ValueError(f"{ended[0]}:{number}: no such line, which {', '.join(names)} need for each sentence")
+        tokens, *others = texts
+        fields: dict[str, Any] = {"tokens": _words(tokens)}
+        for name, text in zip(names[1:], others, strict=True):
+            fields |= {"label": text.strip()} if name == "label" else {"tags": _words(text)}
+        if len(fields.get("tags", fields["tokens"])) != len(fields["tokens"]):
+            counts = f"{len(fields['tags'])} tags, {names[0]} has {len(fields['tokens'])} tokens"
+            bad(ValueError(f"{files[1]}:{number}: {counts}"))
         else:
-            yield Record(f"{files[0]}:{number}", {"tokens": tokens, "tags": tags, "label": label})
+            yield Record(f"{files[0]}:{number}", fields)
 
 
 def _read_conll(path: Path, bad: Bad) -> Iterator[Record]:
+    """Of a token, or of columns of which the first is a token and the last its tag."""
     width = 0
     for sentence in _sentences(number_lines(path, bad)):
         rows = [(number, _words(line)) for number, line in sentence if line is not None]
         width = width or max((len(words) for _, words in rows[:1]), default=0)
-        wrong = next(((number, words) for number, words in rows if len(words) != width or width < 2), None)
+        wrong = next(((number, words) for number, words in rows if len(words) != width), None)
         if wrong:
-            expected = f"the lines before have {width}" if width > 1 else "expected a token and its tag"
-            bad(ValueError(f"{path}:{wrong[0]}: columns={len(wrong[1])}, {expected}"))
+            bad(ValueError(f"{path}:{wrong[0]}: columns={len(wrong[1])}, the lines before have {width}"))
         elif len(rows) == len(sentence):
-            tokens, tags = ([words[i] for _, words in rows] for i in (0, -1))
-            yield Record(f"{path}:{rows[0][0]}", {"tokens": tokens, "tags": tags})
+            columns = {"tokens": 0, "tags": -1} if width > 1 else {"tokens": 0}
+            fields = {name: [words[i] for _, words in rows] for name, i in columns.items()}
+            yield Record(f"{path}:{rows[0][0]}", fields)
 
 
 def _sentences(lines: Iterator[tuple[int, str | None]]) -> Iterator[list[tuple[int, str | None]]]:
@@ -475,15 +488,16 @@ def _question(path: Path, article: dict, paragraph: dict, question: dict, where:
     seen.add(name)
     where = f"{path}: question {SHOWN.repr(name)}"
     impossible = _field(question, "is_impossible", bool, where, False)
-    answers = _field(question, "answers", list, where, *([[]] if impossible else []))
+    answers = _field(question, "answers", list, where, [] if impossible else None)
     fields = {
         "id": name,
         "title": _field(article, "title", str, where, ""),
         "context": _field(paragraph, "context", str, where),
         "question": _field(question, "question", str, where),
-        "answers": [_answer(answer, f"{where}, answer {i}") for i, answer in enumerate(answers, 1)],
         "is_impossible": impossible,
     }
+    if answers is not None:  # a question that is to be answered has none
+        fields["answers"] = [_answer(answer, f"{where}, answer {i}") for i, answer in enumerate(answers, 1)]
     return Record(where, fields)
 
 
@@ -514,6 +528,9 @@ FORMATS = {
     ".conll": "conll",
     ".iob": "conll",
     ".bio": "conll",
+    ".train": "conll",  # as in eng.train, eng.testa and eng.testb of CoNLL-2003
+    ".testa": "conll",
+    ".testb": "conll",
 }
 # every container: a file or folder, and what gets the error of each broken record -> records
 READERS = {

@@ -284,9 +284,17 @@ def per_token(x: Tensor, rows: Sequence[Row]) -> list[np.ndarray]:
 
 
 def predict(
-    task: Task, model: nn.Module, tokenizer: Tokenizer, examples: Iterable[Example], *, chunk: int = CHUNK
+    task: Task,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    examples: Iterable[Example],
+    *,
+    chunk: int = CHUNK,
+    places: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The prediction for each example, in order; `chunk` examples are held, and sorted by length, at a time.
+
+    places: each says, as `where`, in which file and line its example stands.
 
     Raises:
         ValueError: see `Task.encode`.
@@ -294,7 +302,9 @@ def predict(
     examples = iter(examples)
     while held := list(itertools.islice(examples, chunk)):
         rows = task.encode(tokenizer, held, model.config)
-        yield from task.predict(held, rows, score(task, model, rows), model.config)
+        answers = task.predict(held, rows, score(task, model, rows), model.config)
+        for example, one in zip(held, answers, strict=True):
+            yield {"where": example.where} | one if places else one
 
 
 def printable(prediction: Mapping[str, Any]) -> dict[str, Any]:

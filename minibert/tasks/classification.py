@@ -31,7 +31,7 @@ from .labels import (
 
 # the names that published sets give their columns, tried in this order
 TEXTS = (("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("sentence",))
-LABELS = ("label", "labels", "score", "gold_label", "category", "intent")
+LABELS = ("label", "labels", "gold_label", "category", "intent", "score")
 # options that need one class of several, or classes at all
 SENSELESS = {
     "multi_label_classification": ("calibrate",),
@@ -45,6 +45,7 @@ class Classification(Task):
 
     text_column, pair_column, label_column: of the file; by default the first usual names that it has. An empty
         label_column leaves labels unread.
+    texts: how many a model reads, 1 or 2, known from what it learned; 0 for either.
     class_weights: how much an example counts in the loss, by label; "balanced" for as much in all of a label's examples
         together as in those of any other. label_smoothing: the share of a label that is spread over all classes.
     calibrate: divide scores by a temperature that makes the held-out examples likeliest (Guo et al., 2017); `ece` and
@@ -56,10 +57,12 @@ class Classification(Task):
     metric = "accuracy"
     answers = ()  # the column is found by its name, or not looked for
     problem: ClassVar[str] = "single_label_classification"
+    label_first: ClassVar[str] = "label"  # the usual name that is looked for before the others
 
     text_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
+    texts: int = 0
     class_weights: str | Mapping[str, float] | None = None
     label_smoothing: float = 0.0
     calibrate: bool = False
@@ -71,7 +74,10 @@ class Classification(Task):
         if weights not in (None, "balanced") and not (
             isinstance(weights, Mapping) and all(isinstance(w, int | float) and w > 0 for w in weights.values())
         ):
-            raise ValueError(f"class_weights={weights!r} is neither 'balanced' nor a positive number for each label")
+            raise ValueError(
+                f"class_weights={weights!r} is neither 'balanced' nor a positive number for each label, a dictionary "
+                "in Python"
+            )
         if not isinstance(self.label_smoothing, int | float) or not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing!r} is not in [0, 1)")
         if not isinstance(self.temperature, int | float) or not self.temperature > 0:
@@ -82,9 +88,14 @@ class Classification(Task):
 
     def example(self, record: Record) -> Example:
         names = self.text_names(record)
+        if self.texts and len(names) != self.texts:
+            counts = (
+                "a text alone, the model reads pairs" if self.texts == 2 else "a pair, the model reads single texts"
+            )
+            raise ValueError(f"{record.where}: {counts}")
         label = self.label_column
         if label is None:
-            label = next((name for name in LABELS if name in record.fields), None)
+            label = next((name for name in (self.label_first, *LABELS) if name in record.fields), None)
         target = self.target(record, label) if label else None
         return Example(tuple(text_of(record, name) for name in names), target, record.where)
 
@@ -121,7 +132,7 @@ class Classification(Task):
         return label_names((label for example in examples for label in self.taught(example)), examples[0].where)
 
     def config(self, examples: Sequence[Example]) -> dict[str, Any]:
-        made = super().config(examples)
+        made = super().config(examples) | dataclasses.replace(self, texts=len(examples[0].texts)).kept()
         for name in self.class_weights or ():
             one_of("class_weights", name, made["id2label"])
         return {**made, "problem_type": self.problem}
@@ -195,6 +206,7 @@ class Intent(Classification):
     """
 
     name = "intent"
+    label_first = "intent"
 
     out_of_scope: str = "oos"
     threshold: float = 0.0
@@ -263,6 +275,7 @@ class MultiLabel(Classification):
     name = "multilabel"
     metric = "f1"
     problem = "multi_label_classification"
+    label_first = "labels"
     dtype = torch.float32
 
     separator: str = "|"
@@ -336,6 +349,7 @@ class Regression(Classification):
     name = "regression"
     metric = "pearson"
     problem = "regression"
+    label_first = "score"
     dtype = torch.float32
 
     def target(self, record, name):

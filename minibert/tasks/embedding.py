@@ -75,6 +75,8 @@ class Embedding(Task):
     def names(self, examples: Sequence[Example]) -> tuple[str, ...]:
         for example in examples:
             self.check(example, None)
+        if all(self.label(example) is None for example in examples):
+            raise ValueError(f"{examples[0].where}: no label from here on is positive={self.positive:g} or more")
         return ("vector",)
 
     def check(self, example, config):

@@ -86,6 +86,8 @@ def finetune(
     if task.together > 1 and training.get("split_on_oom"):
         raise ValueError(f"split_on_oom=True would part what belongs together in {task.name}: use a smaller batch_size")
     rows = learnable(encoded["train"], task.together)
+    if not len(rows):
+        raise ValueError(f"{parts['train'][0].where}: nothing can be learned from this example, nor from the others")
     data = RowData(
         rows,
         batch_size=batch_size,

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import operator
 import re
 import string
 import unicodedata
@@ -192,12 +193,12 @@ def answers_of(record: Record, context: str) -> tuple[tuple[str, int], ...] | No
         rows = zip(given["text"], given["answer_start"], strict=True) if columns else (
             (answer["text"], answer["answer_start"]) for answer in given
         )  # fmt: skip
-        answers = tuple((str(text), int(start)) for text, start in rows)
+        answers = tuple((text, operator.index(start)) for text, start in rows)
     except (KeyError, TypeError, ValueError):
         shown = SHOWN.repr(given)
         raise ValueError(f"{record.where}: answers={shown} has no text and answer_start for each") from None
     for text, start in answers:
-        if not text or start < 0 or not context.startswith(text, start):
+        if not isinstance(text, str) or not text or start < 0 or not context.startswith(text, start):
             raise ValueError(f"{record.where}: answers: {SHOWN.repr(text)} does not stand at {start} of the context")
     return answers
 

@@ -85,7 +85,15 @@ class Tagging(Task):
         """The scheme of the model's tags; of a model from elsewhere, the one that their names are in."""
         return self.scheme or scheme_of([name] for name in config.id2label)
 
+    def check_scheme(self, examples: Sequence[Example], config: BertConfig) -> None:
+        """Refuse tags of another scheme than the model's, in which they would make other spans, or none."""
+        given = [tags for example in examples if (tags := self.tags(example))]
+        found, due = scheme_of(given), self.scheme_in(config)
+        if found != due and any(spans(tags, found) for tags in given):
+            raise ValueError(f"{examples[0].where}: tags from here on are in {found}, the model's in {due}")
+
     def encode(self, tokenizer: Tokenizer, examples: Sequence[Example], config: BertConfig) -> list[Row]:
+        self.check_scheme(examples, config)
         pieces = iter(tokenizer.encode_plain([word for example in examples for word in example.texts]))
         limit, rows = self.limit(config), []
         for number, example in enumerate(examples):

@@ -51,24 +51,26 @@ def classification(labels, predictions, names: Sequence[str]) -> dict:
     """Everything about single-label predictions.
 
     precision, recall and f1 are those of the second class where there are two, else the plain mean (macro) over the
-    classes that occur among labels or predictions.
+    classes that occur among labels or predictions; macro_f1 is that mean in either case.
 
     Args:
         labels, predictions: [N] integers in [0, len(names)).
         names: of the classes.
     Returns:
-        accuracy, precision, recall, f1, mcc; and per_class: a dict a class with precision, recall, f1 and support.
+        accuracy, precision, recall, f1, macro_f1, mcc; and per_class: a dict a class with precision, recall, f1 and
+        support.
     """
     table = confusion(labels, predictions, len(names))
     scores = np.stack(precision_recall_f1(table))  # [3, num_labels]
     support = table.sum(1)
-    mean = scores[:, 1] if len(names) == 2 else scores[:, (support + table.sum(0)) > 0].mean(1)
+    macro = scores[:, (support + table.sum(0)) > 0].mean(1)
+    mean = scores[:, 1] if len(names) == 2 else macro
     words = ("precision", "recall", "f1")
     per_class = {
         name: dict(zip(words, map(float, scores[:, i]), strict=True)) | {"support": int(support[i])}
         for i, name in enumerate(names)
     }
-    averages = dict(zip(words, map(float, mean), strict=True))
+    averages = dict(zip(words, map(float, mean), strict=True)) | {"macro_f1": float(macro[2])}
     return {"accuracy": accuracy(labels, predictions), **averages, "mcc": matthews(table), "per_class": per_class}
 
 

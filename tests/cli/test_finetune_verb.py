@@ -120,6 +120,56 @@ def test_several_files_are_learned_from_together(run, tmp_path):
     assert BertForSequenceClassification.from_pretrained(latest(run.out)).config.id2label == ("0", "1")
 
 
+def test_labels_are_printed_as_they_are(run, tmp_path):
+    """They may look like marks of the terminal's or like smileys."""
+    names = ("[red][/foo]", "[bold]", ":smile:")
+    file = tmp_path / "marks.jsonl"
+    write_jsonl(file, [{"text": text, "label": names[i % 3]} for i, text in enumerate(texts(36))])
+    code, said = run(f"--data {file}")
+    assert code == 0 and all(said.count(name) > 1 for name in names), said
+    assert set(json.loads((run.out / "results.json").read_text())["valid"]["per_class"]) == set(names)
+
+
+def test_answers_say_where_their_texts_stand(run, reviews, tmp_path):
+    assert run(f"--data {reviews}")[0] == 0
+    file, out = tmp_path / "some.csv", tmp_path / "answers.jsonl"
+    file.write_text("id,text\n7,dogs\n8, \n9,birds\n")
+    given = ["--data", str(file), "--on-bad-record", "skip", "--out", str(out)]
+    assert main(["predict", "--model", str(run.out), *given]) == 0
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(one["where"], one["text"]) for one in answers] == [(f"{file}:2", "dogs"), (f"{file}:4", "birds")]
+
+
+def test_a_folder_whose_test_file_has_no_labels_is_measured_on_the_other(run, reviews, tmp_path, capsys):
+    """As the sets of GLUE are published."""
+    folder = tmp_path / "glue"
+    folder.mkdir()
+    for split in ("train", "dev"):
+        (folder / f"{split}.csv").write_bytes(reviews.read_bytes())
+    (folder / "test.csv").write_text("index,text\n0,dogs\n1,birds\n")
+    code, said = run(f"--data {folder}")
+    assert code == 0 and "test.csv: it has no labels: left out" in said.replace("\n", "")
+    assert main(["evaluate", "--model", str(run.out), "--data", str(folder), "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err.strip().endswith(f"{folder}: valid") and json.loads(said.out)["per_class"]["y"]["support"] == 20
+
+
+def test_what_is_undefined_is_null_in_json(run, tmp_path, capsys):
+    def strictly(text):
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    file = tmp_path / "scores.csv"
+    file.write_text("text,score\n" + "".join(f"{text},{i % 5}\n" for i, text in enumerate(texts(24))))
+    same = tmp_path / "same.csv"
+    same.write_text("text,score\n" + "".join(f"{text},2\n" for text in texts(4)))
+    code, said = run(f"--train {file} --valid {file} --test {same} --task regression --seeds 2")
+    assert code == 0, said
+    assert strictly((run.out / "seed-0" / "results.json").read_text())["test"]["pearson"] is None
+    assert strictly((run.out / "runs.json").read_text())["cells"][0]["numbers"]["test pearson"]["mean"] is None
+    assert main(["evaluate", "--model", str(run.out / "seed-0"), "--data", str(same), "--json"]) == 0
+    assert strictly(capsys.readouterr().out)["spearman"] is None
+
+
 def test_a_label_that_only_a_held_out_file_has_ends_the_command_or_is_left_out(run, reviews, tmp_path, capsys):
     held = tmp_path / "held.csv"
     held.write_text("text,label\nthe cat,y\nthe mat,maybe\nbirds,n\n")
@@ -155,6 +205,7 @@ def test_labels_beside_texts_do_not_matter_to_predictions(run, reviews, tmp_path
     for name in ("plain", "strange", "blank"):
         assert main(["predict", "--model", str(run.out), "--data", str(tmp_path / f"{name}.jsonl"), "--json"]) == 0
         said.append(json.loads(capsys.readouterr().out)["predictions"])
+        assert [one.pop("where") for one in said[-1]] == [f"{tmp_path / name}.jsonl:{line}" for line in (1, 2, 3)]
     assert said[0] == said[1] == said[2] and len(said[0]) == 3
 
 
@@ -170,6 +221,7 @@ def test_lines_of_plain_text_are_predicted_as_if_they_were_typed_and_not_learned
     for given in (["--data", str(plain)], typed):
         assert main(["predict", "--model", str(run.out), *given, "--json", "--device", "cpu"]) == 0
         said.append(json.loads(capsys.readouterr().out)["predictions"])
+    assert [one.pop("where") for one in said[0]] == [f"{plain}:1", f"{plain}:2"]
     assert said[0] == said[1] and [one["text_pair"] for one in said[0]] == ["birds sing", "on a mat"]
     for command in (["evaluate", "--model", str(run.out)], ["finetune", "--init", str(run.out), "--out", "x"]):
         assert main([*command, "--data", str(plain)]) == 2

@@ -87,7 +87,7 @@ def test_finetune_evaluate_predict_on_a_pretrained_run(pretrained, tmp_path, cap
     capsys.readouterr()
     assert main(["evaluate", "--model", str(out), "--data", str(REVIEWS), "--truncate", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert {"accuracy", "precision", "recall", "f1", "mcc", "per_class"} == set(result)
+    assert {"accuracy", "precision", "recall", "f1", "macro_f1", "mcc", "per_class"} == set(result)
     assert main(["predict", "--model", str(out), "--json", *SENTENCES]) == 0
     answers = json.loads(capsys.readouterr().out)["predictions"]
     assert [answer["text"] for answer in answers] == list(SENTENCES)
@@ -113,7 +113,7 @@ def test_regression_of_pairs_from_jsonl(pretrained, tmp_path, capsys):
     assert set(json.loads(capsys.readouterr().out)) == {"pearson", "spearman", "mse"}
     assert main(["predict", "--model", str(out), "--data", str(data), "--json"]) == 0
     answers = json.loads(capsys.readouterr().out)["predictions"]
-    assert len(answers) == 30 and {"text", "text_pair", "value"} == set(answers[0])
+    assert len(answers) == 30 and {"where", "text", "text_pair", "value"} == set(answers[0])
 
 
 def test_a_folder_with_train_dev_and_test_is_read_as_published(pretrained, tmp_path):

@@ -295,7 +295,7 @@ MALFORMED = [
     ("x.txt", "I love it\nIt broke now\n", ": no labelled text: expected sentence TAB 0/1, token and tag columns, or"),
     ("x.conll", "a NN O\nb O\n", ":2: columns=2, the lines before have 3"),
     ("x.conll", "a NN O\n\nb NN B I\n", ":3: columns=4, the lines before have 3"),
-    ("x.bio", "a\nb\n", ":1: columns=1, expected a token and its tag"),
+    ("x.bio", "a\nb O\n", ":2: columns=2, the lines before have 1"),
     ("x.txt", '1\t"a <e1>b</e1> <e2>c"\nOther\n', ":1: text='\"a <e1>b</e1> <e2>c\"' needs one <e1>…</e1> and one"),
     ("x.txt", '1\t"<e1>b <e2>c</e1> d</e2>"\n', ":1: text='\"<e1>b <e2>c</e1> d</e2>\"' needs one <e1>…</e1> and one"),
     ("x.txt", '1\t"<e1>b</e1> <e2>c</e2>\n', ":1: text='\"<e1>b</e1> <e2>c</e2>' is not in quotation marks"),
@@ -306,7 +306,7 @@ MALFORMED = [
     ("x.json", '{"data": [{"title": "t"}]}', ": article 1: no column 'paragraphs' among title"),
     ("x.json", squad(question(), question()), ": article 1, paragraphs 1, qas 2: id='q1' is the id of an earlier"),
     ("x.json", squad(question(id=5)), ": article 1, paragraphs 1, qas 1: id=5 is not of type str"),
-    ("x.json", squad({"id": "q", "question": "a"}), ": question 'q': no column 'answers' among id, question"),
+    ("x.json", squad({"id": "q"}), ": question 'q': no column 'question' among id"),
     ("x.json", squad(question(question=["W"])), ": question 'q1': question=['W'] is not of type str"),
     (
         "x.json",
@@ -353,8 +353,42 @@ def test_what_cannot_be_read_names_file_line_and_field(tmp_path, name, content, 
 def test_lines_of_a_snips_folder_that_do_not_match_are_named(tmp_path, changed, message):
     folder = snips(tmp_path, **changed)
     assert refused(lambda: read(folder)).removeprefix(f"{folder}").lstrip("/") == message
+
+
+def test_what_is_to_be_predicted_may_lack_its_answers(tmp_path):
+    tokens = {"tokens": ["play", "a", "song"]}, {"tokens": ["book", "it"]}
+    folder = snips(tmp_path)
     (folder / "seq.out").unlink()
-    assert refused(lambda: read(folder)) == f"{folder}/seq.out cannot be read: No such file or directory"
+    assert read(folder) == [tokens[0] | {"label": "Play"}, tokens[1] | {"label": "Book"}]
+    (folder / "label").unlink()
+    assert read(folder) == list(tokens)
+    assert read(put(tmp_path / "x.conll", "play\na\nsong\n\nbook\nit\n")) == list(tokens)
+    asked = {"id": "q1", "question": "Where?"}
+    assert read(put(tmp_path / "x.json", squad(asked))) == [ASKED | asked]
+
+
+@pytest.mark.parametrize("suffix", ["train", "testa", "testb"])
+def test_columns_are_found_under_the_names_of_conll_2003(tmp_path, suffix):
+    records = CONTAINERS["conll"][2]
+    assert read(put(tmp_path / f"eng.{suffix}", CONLL)) == records
+
+
+def test_text_that_looks_like_a_set_is_text_where_that_is_said(tmp_path):
+    lines = ["Take vitamin B-12", "Fly the B-52", "I like O"]
+    source = Source((put(tmp_path / "a.txt", "\n".join(lines)),))
+    as_text = lambda line: {"text": line.strip()}  # noqa: E731
+    assert [list(record.fields) for record in source.records(fields_of=as_text)] == [["tokens", "tags"]]
+    assert [record.fields["text"] for record in source.records(fields_of=as_text, plain=True)] == lines
+
+
+def test_a_number_is_one_label_however_it_is_written_and_nan_is_none():
+    values = [1, 1.0, -2.0, 0.5, 1e22]
+    kinds = {}
+    labels = [label_of(Record("a.jsonl:1", {"label": value}, kinds), "label") for value in values]
+    assert labels == ["1", "1", "-2", "0.5", str(10**22)]
+    for value in (float("nan"), float("inf"), -float("inf")):
+        message = f"a.jsonl:1: label={value!r} is not a label"
+        assert refused(lambda value=value: label_of(Record("a.jsonl:1", {"label": value}), "label")) == message
 
 
 def test_a_long_line_is_read_and_one_without_end_is_refused(tmp_path, monkeypatch):

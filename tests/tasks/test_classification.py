@@ -40,6 +40,34 @@ def test_usual_column_names_are_found(header, given, expected):
 
 
 @pytest.mark.parametrize(
+    ("name", "fields", "target"),
+    [
+        ("classification", {"score": "3", "category": "a"}, "a"),
+        ("classification", {"intent": "a", "label": "b"}, "b"),
+        ("intent", {"category": "a", "intent": "b"}, "b"),
+        ("multilabel", {"label": "a", "labels": "b|c"}, ("b", "c")),
+        ("regression", {"label": "0", "score": "3.5"}, 3.5),
+    ],
+)
+def test_of_several_usual_columns_the_one_that_a_task_is_called_after_is_its_label(name, fields, target):
+    assert read(name, {"text": "t"} | fields).target == target
+
+
+@pytest.mark.parametrize(
+    ("learned", "given", "message"),
+    [
+        ({"sentence1": "a", "sentence2": "b"}, {"text": "a"}, "a text alone, the model reads pairs"),
+        ({"text": "a"}, {"premise": "a", "hypothesis": "b"}, "a pair, the model reads single texts"),
+    ],
+)
+def test_a_model_of_pairs_reads_no_single_texts_nor_the_reverse(learned, given, message):
+    examples = [read("classification", learned | {"label": label}) for label in "ab"]
+    task = make_task("classification", **make_task("classification").config(examples)["task_specific_params"])
+    assert task.example(Record("x.csv:7", learned)).texts == tuple(learned.values())
+    assert refused(lambda: task.example(Record("x.csv:7", given))) == f"x.csv:7: {message}"
+
+
+@pytest.mark.parametrize(
     ("name", "fields", "options", "message"),
     [
         ("classification", {"a": "1", "b": "2"}, {}, "its columns are a, b: name the text with --text-column"),
@@ -227,6 +255,7 @@ def test_without_examples_out_of_scope_no_threshold_is_fitted_or_measured():
         "precision",
         "recall",
         "f1",
+        "macro_f1",
         "mcc",
         "per_class",
     }

@@ -55,6 +55,13 @@ def test_balanced_weights_are_learned_from_the_training_examples_and_kept(pretra
     assert task_of(model).class_weights == weights and task_of(model).label_smoothing == 0.1
 
 
+def test_examples_of_which_none_teaches_anything_are_refused(pretrained, tmp_path):
+    parts = {"train": [Example(("red dog",), "oos", "made:7")], "valid": list(colours(9))}
+    with pytest.raises(ValueError, match="^made:7: nothing can be learned from this example, nor from the others$"):
+        finetune(make_task("intent"), parts, pretrained, tmp_path / "run", known=parts["valid"], steps=1)
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_of_several_labels_are_those_that_are_not_there_over_those_that_are():
     examples = [Example(("x",), labels, "f:1") for labels in (("a",), ("a", "b"), ("a",), ())]
     assert make_task("multilabel", class_weights="balanced").prepared(examples).class_weights == {"a": 1 / 3, "b": 3}

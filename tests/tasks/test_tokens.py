@@ -142,6 +142,19 @@ def test_a_tag_outside_of_the_scheme_or_never_learned_names_its_line(tokenizer):
         encode(tokenizer, tagged("york", "B-citi"))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "tags", "found"),
+    [("iob2", "I-city I-city O", "iob1"), ("iobes", "B-city I-city O", "iob2"), ("iob1", "B-city I-city O", "iob2")],
+)
+def test_tags_of_another_scheme_than_the_models_are_refused(tokenizer, scheme, tags, found):
+    """In which all of their spans would be lost, and F1 be 0."""
+    config = CONFIG.replace(id2label=("B-city", "I-city", "E-city", "S-city", "O"))
+    task = Tagging(scheme=scheme)
+    with pytest.raises(ValueError, match=f"^a.txt:4: tags from here on are in {found}, the model's in {scheme}$"):
+        task.encode(tokenizer, [task.example(tagged("new york fly", tags))], config)
+    assert task.encode(tokenizer, [task.example(tagged("new york fly", "O O O"))], config)
+
+
 def test_files_of_columns_are_read(tmp_path, tokenizer):
     (tmp_path / "a.conll").write_text("-DOCSTART- -X- O\n\nnew NNP B-city\nyork NNP I-city\n\nto TO O\nfly VB O\n")
     examples = list(read_examples(Tagging(), Source((tmp_path / "a.conll",)).records()))

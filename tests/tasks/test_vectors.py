@@ -79,6 +79,15 @@ def test_what_cannot_be_learned_is_refused(options, rows, message):
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+def test_pairs_of_which_none_are_alike_teach_nothing_by_contrast():
+    """As those of a set whose labels are 0 and 1."""
+    task = make_task("embedding", loss="contrastive")
+    examples = examples_of(task, rows_of(1, 0, 1))
+    with pytest.raises(ValueError, match="^pairs.jsonl:1: no label from here on is positive=4 or more$"):
+        task.config(examples)
+    assert make_task("embedding", loss="contrastive", positive=1.0).config(examples)
+
+
 def test_vectors_are_learned_from_pairs_alone():
     task = make_task("embedding")
     with pytest.raises(ValueError, match="^pairs.jsonl:2: one text: vectors are learned from pairs: name the second"):
