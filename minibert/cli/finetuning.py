@@ -273,9 +273,9 @@ def part_of(paths: list[str], *wanted: str, fits: Callable[[Source], bool] = lam
 
 
 def has_labels(task: Task, source: Source) -> bool:
-    """Whether the first of its examples has one."""
+    """Whether the first of its examples has one; also where none can be read, which is for its reader to say."""
     ignore = lambda error: None  # noqa: E731
-    return any(example.target is not None for example in islice(read_examples(task, source.records(ignore), ignore), 1))
+    return all(example.target is not None for example in islice(read_examples(task, source.records(ignore), ignore), 1))
 
 
 def check_labelled(task: Task, examples: Sequence[Example], source: Source) -> None:
@@ -411,6 +411,8 @@ def predict(
     """
     if bool(text) == bool(data):
         raise ValueError("give texts on the command line or --data, one of the two")
+    if plain and not data:
+        raise ValueError("--plain says how files are read: name them with --data")
     refuse_taken("out", out)
     source = resolve_model(model)
     kind = head_of(source, allow_pickle)

@@ -102,21 +102,25 @@ def texts_in(record: Record, name: str, least: int = 1) -> tuple[str, ...]:
 
 
 def label_of(record: Record, name: str) -> str:
-    """The label in a field, a finite number or a string, without surrounding blanks; 1.0 is the label 1. ValueError if
-    it is neither or blank, or not of the type that this field of the same file had before."""
+    """The label in a field, a finite number or a string, without surrounding blanks; ValueError if it is neither or
+    blank, or not of the type that this field of the same file had before: 1 and 1.0 would be two labels."""
     value = _value(record, name)
-    is_label = isinstance(value, str | int | float) and not isinstance(value, bool)
-    if not is_label or (isinstance(value, float) and not math.isfinite(value)):
-        label = ""
-    else:
-        label = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    is_label = isinstance(value, str) or (_is_number(value) and math.isfinite(value))
+    label = str(value).strip() if is_label else ""
     if not label or NO_TEXT.search(label):
         raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a label")
-    kind = "text" if isinstance(value, str) else "number"
-    before = record.kinds.setdefault(name, kind)
-    if kind != before:
-        raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is a {kind}, those before are {before}s")
+    kinds = {name: "text" if isinstance(value, str) else "number"}
+    if not isinstance(value, str) and value == int(value):
+        kinds[f"{name}, whole"] = "whole number" if isinstance(value, int) else "decimal"
+    for key, kind in kinds.items():
+        before = record.kinds.setdefault(key, kind)
+        if kind != before:
+            raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is a {kind}, those before are {before}s")
     return label
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _value(record: Record, name: str) -> Any:

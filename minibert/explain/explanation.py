@@ -98,14 +98,18 @@ def explain(
         top: tokens to keep of each guess.
         mlm: the head that guesses; by default the model's own, where it has one.
     Raises:
-        ValueError: a text empty, too long or without a [MASK] to fill, an unknown label or baseline, a model that is
-            causal, of several labels or of another head, a head of another size, or captum is not installed.
+        ValueError: a text empty, too long, alone where the model learned from pairs or the reverse, or without a [MASK]
+            to fill, an unknown label or baseline, a model that is causal, of several labels or of another head, a head
+            of another size, or captum is not installed.
     """
     one_of("baseline", baseline, BASELINES)
     if top < 1:
         raise ValueError(f"top={top} is not positive")
     if not text.strip():
         raise ValueError(f"text={text!r} is empty")
+    texts = (model.config.task_specific_params or {}).get("texts")
+    if texts == (2 if pair is None else 1):
+        raise ValueError(f"pair={pair!r}: the model reads {'single texts' if texts == 1 else 'pairs'}")
     mlm = check_model(model, mlm)
     encoded = tokenizer(text, pair, return_offsets_mapping=True)
     ids, types, limit = encoded.input_ids, encoded.token_type_ids, model.config.max_position_embeddings

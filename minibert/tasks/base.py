@@ -156,6 +156,9 @@ class Task:
     def check(self, example: Example, config: BertConfig) -> None:
         """Raises ValueError, naming file, line and field, where a target is none of the model's classes."""
 
+    def check_part(self, examples: Sequence[Example], config: BertConfig) -> None:
+        """Raises ValueError where labelled examples as a whole do not go with the model."""
+
     def initialise(self, model: nn.Module, rows: Sequence[Row]) -> None:
         """Give the model's `new_parameters` values that the training rows suggest, where some do."""
 

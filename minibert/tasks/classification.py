@@ -353,7 +353,7 @@ class Regression(Classification):
     dtype = torch.float32
 
     def target(self, record, name):
-        value = label_of(record, name)
+        value = label_of(dataclasses.replace(record, kinds={}), name)  # 3 and 3.0 are one number
         try:
             number = float(value)
         except ValueError:

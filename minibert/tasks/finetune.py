@@ -80,6 +80,8 @@ def finetune(
         torch.manual_seed(seed)
         adapt(network, lora, lora_alpha)
     task = task_of(network)  # with what it learned from the examples, as the names of its labels
+    for part in parts.values():
+        task.check_part(part, network.config)
     encoded = {split: rows_of(task, tokenizer, part, network.config) for split, part in parts.items()}
     encoded["train"] = Spool(encoded["train"])  # the others are read once, for their hash
     task.initialise(network, encoded["train"])
@@ -199,5 +201,6 @@ def frozen_hash(network: nn.Module) -> str:
 
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among what was measured, without the tables."""
-    return {name: float(value) for name, value in result.items() if isinstance(value, int | float)}
+    """The numbers among what was measured, without the tables; nan for None, as JSON has it."""
+    numbers = {name: math.nan if value is None else value for name, value in result.items()}
+    return {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import operator
 import re
 import string
 import unicodedata
@@ -193,7 +192,7 @@ def answers_of(record: Record, context: str) -> tuple[tuple[str, int], ...] | No
         rows = zip(given["text"], given["answer_start"], strict=True) if columns else (
             (answer["text"], answer["answer_start"]) for answer in given
         )  # fmt: skip
-        answers = tuple((text, operator.index(start)) for text, start in rows)
+        answers = tuple((text, whole(start)) for text, start in rows)
     except (KeyError, TypeError, ValueError):
         shown = SHOWN.repr(given)
         raise ValueError(f"{record.where}: answers={shown} has no text and answer_start for each") from None
@@ -201,6 +200,13 @@ def answers_of(record: Record, context: str) -> tuple[tuple[str, int], ...] | No
         if not isinstance(text, str) or not text or start < 0 or not context.startswith(text, start):
             raise ValueError(f"{record.where}: answers: {SHOWN.repr(text)} does not stand at {start} of the context")
     return answers
+
+
+def whole(value: Any) -> int:
+    """A whole number, in whatever type a table holds it; ValueError or TypeError if it is none."""
+    if int(value) != float(value):
+        raise ValueError
+    return int(value)
 
 
 def tokens_of(answers: Sequence[tuple[str, int]], offsets: np.ndarray) -> tuple[int, int] | None:

@@ -152,6 +152,9 @@ def test_a_folder_whose_test_file_has_no_labels_is_measured_on_the_other(run, re
     assert main(["evaluate", "--model", str(run.out), "--data", str(folder), "--json"]) == 0
     said = capsys.readouterr()
     assert said.err.strip().endswith(f"{folder}: valid") and json.loads(said.out)["per_class"]["y"]["support"] == 20
+    (folder / "test.csv").write_text("review,label\ndogs,y\n")  # it has, under another name
+    assert main(["evaluate", "--model", str(run.out), "--data", str(folder), "--json"]) == 2
+    assert "test.csv:2: its columns are review, label: name the text with" in capsys.readouterr().err
 
 
 def test_what_is_undefined_is_null_in_json(run, tmp_path, capsys):
@@ -168,6 +171,9 @@ def test_what_is_undefined_is_null_in_json(run, tmp_path, capsys):
     assert strictly((run.out / "runs.json").read_text())["cells"][0]["numbers"]["test pearson"]["mean"] is None
     assert main(["evaluate", "--model", str(run.out / "seed-0"), "--data", str(same), "--json"]) == 0
     assert strictly(capsys.readouterr().out)["spearman"] is None
+    before = (run.out / "runs.json").read_text()
+    code, said = run(f"--train {file} --valid {file} --test {same} --task regression --seeds 2 --resume")
+    assert code == 0 and (run.out / "runs.json").read_text() == before
 
 
 def test_a_label_that_only_a_held_out_file_has_ends_the_command_or_is_left_out(run, reviews, tmp_path, capsys):

@@ -57,6 +57,13 @@ def test_words_are_written_as_in_the_text_and_their_pieces_sum(classifier):
     assert said.attributions[4] != 0  # an unknown word is a word
 
 
+@pytest.mark.parametrize(("texts", "pair", "kind"), [(1, "was good", "single texts"), (2, None, "pairs")])
+def test_a_model_of_pairs_explains_no_text_alone_nor_the_reverse(texts, pair, kind):
+    model = build(BertForSequenceClassification, task_specific_params={"texts": texts}, **CLASSES).eval()
+    with pytest.raises(ValueError, match=f"pair={pair!r}: the model reads {kind}"):
+        explain(model, TOKENIZER, "the lamp", pair)
+
+
 def test_attributions_add_up_and_the_error_says_how_well(classifier):
     said = explain(classifier, TOKENIZER, "the film was good", steps=200)
     rough = explain(classifier, TOKENIZER, "the film was good", steps=2)
