@@ -319,4 +319,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def shown(number: dict[str, float | None]) -> str:
+    if number["mean"] is None:  # undefined, as a correlation with what is always the same
+        return "–"
     return f"{number['mean']:.3f}" + (f" ± {number['sd']:.3f}" if number["sd"] is not None else "")

@@ -5,7 +5,6 @@ import json as jsonlib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -273,9 +272,12 @@ def part_of(paths: list[str], *wanted: str, fits: Callable[[Source], bool] = lam
 
 
 def has_labels(task: Task, source: Source) -> bool:
-    """Whether the first of its examples has one; also where none can be read, which is for its reader to say."""
-    ignore = lambda error: None  # noqa: E731
-    return all(example.target is not None for example in islice(read_examples(task, source.records(ignore), ignore), 1))
+    """Whether one of its examples has one; also where none can be read, which is for its reader to say."""
+    ignore, example = (lambda error: None), None
+    for example in read_examples(task, source.records(ignore), ignore):
+        if example.target is not None:
+            return True
+    return example is None
 
 
 def check_labelled(task: Task, examples: Sequence[Example], source: Source) -> None:

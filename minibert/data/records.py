@@ -44,7 +44,7 @@ LINES = "lines"  # the form of plain text, of which no label is known
 class Record:
     """One labelled thing as a file has it, and where it stands: "file:line", for errors.
 
-    kinds: whether the labels in a field are texts or numbers; the records of a jsonl file share it.
+    kinds: of which types the labels in a field are; the records of a jsonl file, or of one call, share it.
     """
 
     where: str
@@ -105,22 +105,19 @@ def label_of(record: Record, name: str) -> str:
     """The label in a field, a finite number or a string, without surrounding blanks; ValueError if it is neither or
     blank, or not of the type that this field of the same file had before: 1 and 1.0 would be two labels."""
     value = _value(record, name)
-    is_label = isinstance(value, str) or (_is_number(value) and math.isfinite(value))
-    label = str(value).strip() if is_label else ""
+    is_label = isinstance(value, str | int | float) and not isinstance(value, bool)
+    is_float = isinstance(value, float)
+    label = str(value).strip() if is_label and (not is_float or math.isfinite(value)) else ""
     if not label or NO_TEXT.search(label):
         raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is not a label")
     kinds = {name: "text" if isinstance(value, str) else "number"}
-    if not isinstance(value, str) and value == int(value):
-        kinds[f"{name}, whole"] = "whole number" if isinstance(value, int) else "decimal"
+    if isinstance(value, int) or (is_float and value.is_integer()):
+        kinds[f"{name}, whole"] = "decimal" if is_float else "whole number"
     for key, kind in kinds.items():
         before = record.kinds.setdefault(key, kind)
         if kind != before:
             raise ValueError(f"{record.where}: {name}={SHOWN.repr(value)} is a {kind}, those before are {before}s")
     return label
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _value(record: Record, name: str) -> Any:
@@ -135,10 +132,11 @@ def as_records(rows: Iterable[Mapping[str, Any]], name: str = "records") -> Iter
     Raises:
         ValueError: a row has no keys, as a text or a list.
     """
+    kinds: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
         if not hasattr(row, "keys"):
             raise ValueError(f"{name}:{number}: expected a dictionary, got {type(row).__name__}")
-        yield Record(f"{name}:{number}", dict(row))
+        yield Record(f"{name}:{number}", dict(row), kinds)
 
 
 def find_splits(path) -> dict[str, Source]:

@@ -88,16 +88,19 @@ class Classification(Task):
 
     def example(self, record: Record) -> Example:
         names = self.text_names(record)
-        if self.texts and len(names) != self.texts:
-            counts = (
-                "a text alone, the model reads pairs" if self.texts == 2 else "a pair, the model reads single texts"
-            )
-            raise ValueError(f"{record.where}: {counts}")
         label = self.label_column
         if label is None:
             label = next((name for name in (self.label_first, *LABELS) if name in record.fields), None)
         target = self.target(record, label) if label else None
-        return Example(tuple(text_of(record, name) for name in names), target, record.where)
+        example = Example(tuple(text_of(record, name) for name in names), target, record.where)
+        self.check_texts(example)
+        return example
+
+    def check_texts(self, example: Example) -> None:
+        """Refuse a text alone where the model reads pairs, and the reverse."""
+        if self.texts and len(example.texts) != self.texts:
+            kinds = ("a pair", "single texts") if self.texts == 1 else ("a text alone", "pairs")
+            raise ValueError(f"{example.where}: {kinds[0]}, the model reads {kinds[1]}")
 
     def fields(self, *texts):
         return pair_fields(texts, self.text_column, self.pair_column)
@@ -158,6 +161,7 @@ class Classification(Task):
         return class_of(example, example.target, known, self.label_column or "label")
 
     def check(self, example, config):
+        self.check_texts(example)
         self.label(example, config.label2id)
 
     def predict(self, examples, rows, scores, config):

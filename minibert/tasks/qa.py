@@ -193,7 +193,7 @@ def answers_of(record: Record, context: str) -> tuple[tuple[str, int], ...] | No
             (answer["text"], answer["answer_start"]) for answer in given
         )  # fmt: skip
         answers = tuple((text, whole(start)) for text, start in rows)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         shown = SHOWN.repr(given)
         raise ValueError(f"{record.where}: answers={shown} has no text and answer_start for each") from None
     for text, start in answers:
@@ -203,7 +203,7 @@ def answers_of(record: Record, context: str) -> tuple[tuple[str, int], ...] | No
 
 
 def whole(value: Any) -> int:
-    """A whole number, in whatever type a table holds it; ValueError or TypeError if it is none."""
+    """A whole number, in whatever type a table holds it; ValueError, TypeError or OverflowError if it is none."""
     if int(value) != float(value):
         raise ValueError
     return int(value)

@@ -152,6 +152,9 @@ def test_a_folder_whose_test_file_has_no_labels_is_measured_on_the_other(run, re
     assert main(["evaluate", "--model", str(run.out), "--data", str(folder), "--json"]) == 0
     said = capsys.readouterr()
     assert said.err.strip().endswith(f"{folder}: valid") and json.loads(said.out)["per_class"]["y"]["support"] == 20
+    (folder / "test.csv").write_text("text,label\ndogs,\nbirds,y\nthe cat,n\n")  # one of three is missing
+    given = ["evaluate", "--model", str(run.out), "--data", str(folder), "--json", "--on-bad-record", "skip"]
+    assert main(given) == 0 and json.loads(capsys.readouterr().out)["per_class"]["y"]["support"] == 1
     (folder / "test.csv").write_text("review,label\ndogs,y\n")  # it has, under another name
     assert main(["evaluate", "--model", str(run.out), "--data", str(folder), "--json"]) == 2
     assert "test.csv:2: its columns are review, label: name the text with" in capsys.readouterr().err
@@ -368,7 +371,7 @@ def test_texts_and_pairs_in_one_file_are_named(run, tmp_path):
     rows = [{"text": "the cat", "label": "a"}, {"text": "dogs", "label": "b"}] * 6
     data = write_jsonl(tmp_path / "mixed.jsonl", [*rows, {"sentence1": "a", "sentence2": "b", "label": "a"}])
     code, said = run(f"--data {data}")
-    assert code == 2 and "mixed.jsonl:13: 2 texts, " in said
+    assert code == 2 and "mixed.jsonl:13: a pair, the model reads single texts" in said
 
 
 def test_a_table_without_rows_is_printed(capsys):

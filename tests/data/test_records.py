@@ -385,6 +385,14 @@ def test_nan_is_no_label():
     for value in (float("nan"), float("inf"), -float("inf")):
         message = f"a.jsonl:1: label={value!r} is not a label"
         assert refused(lambda value=value: label_of(Record("a.jsonl:1", {"label": value}), "label")) == message
+    assert label_of(Record("a.jsonl:1", {"label": 10**400}), "label") == "1" + "0" * 400
+
+
+def test_labels_of_rows_in_memory_are_of_one_type_too():
+    records = list(as_records([{"label": 1}, {"label": 1.0}], "rows"))
+    assert label_of(records[0], "label") == "1"
+    message = "rows:2: label=1.0 is a decimal, those before are whole numbers"
+    assert refused(lambda: label_of(records[1], "label")) == message
 
 
 def test_a_long_line_is_read_and_one_without_end_is_refused(tmp_path, monkeypatch):

@@ -65,6 +65,8 @@ def test_a_model_of_pairs_reads_no_single_texts_nor_the_reverse(learned, given, 
     task = make_task("classification", **make_task("classification").config(examples)["task_specific_params"])
     assert task.example(Record("x.csv:7", learned)).texts == tuple(learned.values())
     assert refused(lambda: task.example(Record("x.csv:7", given))) == f"x.csv:7: {message}"
+    held_out = read("classification", given | {"label": "a"})  # by a task that does not know yet
+    assert refused(lambda: task.check(held_out, small_config(id2label=("a", "b")))) == f"x.csv:7: {message}"
 
 
 @pytest.mark.parametrize(

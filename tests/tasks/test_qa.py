@@ -262,6 +262,8 @@ def test_a_context_without_words_is_refused_by_name(tokenizer):
         [{"text": "", "answer_start": 0}],
         [{"text": "saw", "answer_start": -3}],
         [{"text": "cat", "answer_start": 4.9}],
+        [{"text": "cat", "answer_start": 10**400}],
+        [{"text": "cat", "answer_start": float("inf")}],
         [{"text": 5, "answer_start": 4}],
         [{"text": "cat"}],
         {"text": ["cat"], "answer_start": []},

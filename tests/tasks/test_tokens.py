@@ -150,22 +150,24 @@ def test_tags_of_another_scheme_than_the_models_are_refused(scheme, tags, found)
     """In which all of their spans would be lost, and F1 be 0."""
     task = Tagging(scheme=scheme)
     read = lambda *rows: [task.example(tagged("new york fly", row)) for row in rows]  # noqa: E731
-    message = f"^a.txt:4: tags from here on are in {found}, the model's in {scheme}: convert them, or set scheme$"
-    examples = read("O O O", tags)
+    message = f"^a.txt:4: tags from here on are in {found}, the model's in {scheme}: convert them$"
+    examples = read("O O O", tags, tags, tags)
     with pytest.raises(ValueError, match=message):
         task.check_part(examples, CONFIG)
     with pytest.raises(ValueError, match=message):
-        task.measure(examples, [{"tags": ["O"] * 3}] * 2, CONFIG)
+        task.measure(examples, [{"tags": ["O"] * 3}] * 4, CONFIG)
     task.check_part(read("O O O"), CONFIG)
 
 
 def test_a_few_tags_that_make_no_span_are_left_as_they_are():
     """As published sets have some, and as a scorer leaves them out."""
     task = Tagging(scheme="iob2")
-    rows = ["B-city I-city O", "I-city I-city O", "I-city O I-city"]
-    task.check_part([task.example(tagged("new york fly", row)) for row in rows[:2]], CONFIG)
+    examples = [task.example(tagged("new york fly", row)) for row in (None, *["I-city I-city O"] * 3)]
+    sound = [task.example(tagged("new york fly", "B-city I-city O"))] * 4
+    for few in (examples[:2], examples[:3], examples + sound):
+        task.check_part(few, CONFIG)
     with pytest.raises(ValueError, match="are in iob1, the model's in iob2"):
-        task.check_part([task.example(tagged("new york fly", row)) for row in rows], CONFIG)
+        task.check_part(examples, CONFIG)
 
 
 def test_files_of_columns_are_read(tmp_path, tokenizer):
