@@ -1,7 +1,6 @@
 """Steps that several verbs share."""
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..data.tokenizer import Tokenizer
 from ..files import write_atomically
 from ..model import MODELS, BertForMaskedLM, BertForPreTraining
 from ..train import Run, World, check_device, started
+from ..train.log import jsonable
 
 
 def say(text: str, **options) -> None:
@@ -161,16 +161,7 @@ class BadRecords:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(strict(value), ensure_ascii=False))
-
-
-def strict(value: Any) -> Any:
-    """What JSON can hold: None for each nan, as of a correlation that is undefined."""
-    if isinstance(value, Mapping):
-        return {name: strict(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(jsonable(value), ensure_ascii=False))
 
 
 def print_result(result: Mapping[str, Any], as_json: bool, file=None) -> None:

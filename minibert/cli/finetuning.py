@@ -37,6 +37,7 @@ from ..tasks.base import CHUNK, printable
 from ..tasks.finetune import ALPHA, check_lora
 from ..tasks.finetune import finetune as fit
 from ..train import OPTIMIZERS, SCHEDULES, NonFiniteError, Run, TrainConfig, World, read_trainer, resolve_model
+from ..train.log import jsonable
 from .common import (
     BadRecords,
     check_backend,
@@ -51,7 +52,6 @@ from .common import (
     resolve_device,
     save_options,
     say,
-    strict,
 )
 from .flags import (
     Accumulate,
@@ -308,7 +308,7 @@ def report_best(out: Path, parts: dict[str, Sequence[Example]], options: dict[st
     for split in splits:
         results[split] = measure(task, network, tokenizer, parts[split])
         print_result({"split": split, **results[split], "checkpoint": str(best)}, as_json=False)
-    write_atomically(kept, jsonlib.dumps(strict(results), indent=2) + "\n")
+    write_atomically(kept, jsonlib.dumps(jsonable(results), indent=2) + "\n")
     return results
 
 

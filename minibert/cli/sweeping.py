@@ -13,8 +13,9 @@ from ..config import one_of
 from ..files import write_atomically
 from ..tasks import Task
 from ..tasks.finetune import numbers
+from ..train.log import jsonable
 from ..train.plot import draw_learning_curve
-from .common import print_result, say, strict
+from .common import print_result, say
 
 RUNS = "runs.json"
 CURVE = "curve.png"
@@ -65,7 +66,7 @@ def report_runs(
     measured = [cell for cell in cells if math.isfinite(mean_of(cell, metric))]
     best = max(measured, key=lambda cell: sign * mean_of(cell, metric), default=None)
     kept = {"metric": metric, "best": best and best["options"], "cells": cells}
-    write_atomically(out / RUNS, json.dumps(strict(kept), indent=2) + "\n")
+    write_atomically(out / RUNS, json.dumps(jsonable(kept), indent=2) + "\n")
     if len(cells) == 1:
         print_result({"runs": len(runs), "mean and standard deviation": cells[0]["numbers"]}, as_json=False)
         return

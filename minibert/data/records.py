@@ -353,15 +353,16 @@ def _read_snips(path: Path, bad: Bad) -> Iterator[Record]:
             continue
         if ended:
             raise ValueError(f"{ended[0]}:{number}: no such line, which {', '.join(names)} need for each sentence")
-        tokens, *others = texts
-        fields: dict[str, Any] = {"tokens": _words(tokens)}
-        for name, text in zip(names[1:], others, strict=True):
-            fields |= {"label": text.strip()} if name == "label" else {"tags": _words(text)}
-        if len(fields.get("tags", fields["tokens"])) != len(fields["tokens"]):
-            counts = f"{len(fields['tags'])} tags, {names[0]} has {len(fields['tokens'])} tokens"
-            bad(ValueError(f"{files[1]}:{number}: {counts}"))
-        else:
-            yield Record(f"{files[0]}:{number}", fields)
+        found = dict(zip(names, texts, strict=True))
+        fields: dict[str, Any] = {"tokens": (tokens := _words(found["seq.in"]))}
+        if "label" in found:
+            fields["label"] = found["label"].strip()
+        if "seq.out" in found:
+            fields["tags"] = tags = _words(found["seq.out"])
+            if len(tags) != len(tokens):
+                bad(ValueError(f"{path / 'seq.out'}:{number}: {len(tags)} tags, seq.in has {len(tokens)} tokens"))
+                continue
+        yield Record(f"{files[0]}:{number}", fields)
 
 
 def _read_conll(path: Path, bad: Bad) -> Iterator[Record]:

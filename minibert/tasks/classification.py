@@ -135,7 +135,7 @@ class Classification(Task):
         return label_names((label for example in examples for label in self.taught(example)), examples[0].where)
 
     def config(self, examples: Sequence[Example]) -> dict[str, Any]:
-        made = super().config(examples) | dataclasses.replace(self, texts=len(examples[0].texts)).kept()
+        made = {"id2label": self.names(examples), **dataclasses.replace(self, texts=len(examples[0].texts)).kept()}
         for name in self.class_weights or ():
             one_of("class_weights", name, made["id2label"])
         return {**made, "problem_type": self.problem}

@@ -202,5 +202,5 @@ def frozen_hash(network: nn.Module) -> str:
 
 def numbers(result: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among what was measured, without the tables; nan for None, as JSON has it."""
-    numbers = {name: math.nan if value is None else value for name, value in result.items()}
-    return {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+    found = {name: value for name, value in result.items() if value is None or isinstance(value, int | float)}
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}

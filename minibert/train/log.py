@@ -127,13 +127,16 @@ class Progress:
 
 
 def _line(record: Mapping) -> str:
-    return json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + "\n"
+    return json.dumps(jsonable(record), allow_nan=False) + "\n"
 
 
-def _plain(value):
+def jsonable(value):
+    """What JSON can hold: a number for one of NumPy or torch, None for one that is not finite, as what is undefined."""
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, Mapping):
+        return {key: jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
