@@ -14,7 +14,8 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, use_triton
-from .launch import FP_FUSION, AotCase, aot_arguments, as_matrix, gelu_plan, multiprocessors
+from .launch import FP_FUSION, AotCase, aot_arguments, as_matrix, ceil_div, gelu_plan, multiprocessors
+from .op import Op
 
 APPROXIMATE = {"none": "erf", "tanh": "tanh"}
 
@@ -105,8 +106,7 @@ def _bias_act_bwd_kernel(
             tl.store(partial + value_col, tl.sum(dvalue_sum, axis=0), mask=in_row)
 
 
-@torch.library.custom_op("minibert::bias_act_fwd", mutates_args=())
-def _forward(x: torch.Tensor, bias: torch.Tensor | None, act: str, gated: bool) -> torch.Tensor:
+def _run_forward(x: torch.Tensor, bias: torch.Tensor | None, act: str, gated: bool) -> torch.Tensor:
     out = _output(x, gated)
     if out.numel() == 0:
         return out
@@ -114,7 +114,7 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, act: str, gated: bool) 
     plan = gelu_plan(cols, "fwd")
     x, *strides = as_matrix(x, x.shape[-1])
     with torch.cuda.device_of(x):
-        _bias_act_fwd_kernel[(triton.cdiv(len(x), plan.block_m), triton.cdiv(cols, plan.block_n))](
+        _bias_act_fwd_kernel[(ceil_div(len(x), plan.block_m), ceil_div(cols, plan.block_n))](
             x, None if bias is None else bias.contiguous(), out, *strides, len(x), cols,
             ACT=act, GATED=gated, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
             num_warps=plan.num_warps, enable_fp_fusion=FP_FUSION,
@@ -122,28 +122,23 @@ def _forward(x: torch.Tensor, bias: torch.Tensor | None, act: str, gated: bool) 
     return out
 
 
-@_forward.register_fake
-def _(x, bias, act, gated):
-    return _output(x, gated)
-
-
 def _output(x, gated):
+    """Uninitialised, of half the width if gated."""
     return x.new_empty(*x.shape[:-1], x.shape[-1] // (2 if gated else 1))
 
 
-@torch.library.custom_op("minibert::bias_act_bwd", mutates_args=())
-def _backward(
+def _run_backward(
     dout: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, act: str, gated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dx, width, cols = x.new_empty(x.shape), x.shape[-1], dout.shape[-1]
     if dx.numel() == 0:
         return dx, x.new_zeros(0 if bias is None else width, dtype=torch.float32)
     plan = gelu_plan(cols, "bwd")
-    blocks = triton.cdiv(cols, plan.block_n)
+    blocks = ceil_div(cols, plan.block_n)
     x, *x_strides = as_matrix(x, width)
     dout, *dout_strides = as_matrix(dout, cols)
     strips = max(1, plan.programs_per_sm * multiprocessors(x.device) // blocks)
-    strips = min(strips, triton.cdiv(len(x), plan.block_m))
+    strips = min(strips, ceil_div(len(x), plan.block_m))
     dbias = x.new_empty(strips, 0 if bias is None else width, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _bias_act_bwd_kernel[(strips, blocks)](
@@ -155,8 +150,7 @@ def _backward(
     return dx, dbias.sum(0)
 
 
-@_backward.register_fake
-def _(dout, x, bias, act, gated):
+def _fake_backward(dout, x, bias, act, gated):
     return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[-1], dtype=torch.float32)
 
 
@@ -171,7 +165,10 @@ def _gradient(ctx, dout):
     return dx, None if bias is None else dbias.to(bias.dtype), None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_backward = Op("bias_act_bwd", _run_backward, _fake_backward)
+_forward = Op(
+    "bias_act_fwd", _run_forward, lambda x, bias, act, gated: _output(x, gated), save=_save, gradient=_gradient
+)
 
 
 def bias_gelu(x, bias, *, approximate="none", backend="auto"):

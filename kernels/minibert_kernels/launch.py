@@ -32,6 +32,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def ceil_div(a, b):
+    """a / b, rounded up. On the host, where `triton.cdiv` would inspect its own signature for 5 us."""
+    return -(-a // b)
+
+
 def as_matrix(x, cols):
     """[..., cols] as [rows, cols] and its two strides; one stride between rows is needed to do so without a copy."""
     x = x.reshape(-1, cols)
@@ -118,6 +123,7 @@ class NormPlan:
     programs_per_sm: int = 0
 
 
+@cache
 def norm_plan(cols: int, direction: str) -> NormPlan:
     """The plan of `dropout_add_norm` for 1 .. NORM_MAX_COLS columns, "fwd" or "bwd".
 
@@ -134,6 +140,7 @@ def norm_plan(cols: int, direction: str) -> NormPlan:
     )  # fmt: skip
 
 
+@cache
 def gelu_plan(cols: int, direction: str) -> NormPlan:
     """The plan of the activations, "fwd" or "bwd": tiles of 512 columns, or all of fewer, 16 elements a thread
     forward and 8 backward.
