@@ -17,6 +17,16 @@ fuzz: $(SETUP)
 faults: $(SETUP)
 	$(BIN)/python -m tests.faults
 
+# minutes, and gigabytes the first time: the newest release of every dependency that setup.py allows, without constraints
+LATEST ?= .venv-latest
+test-latest: $(LATEST)/.installed
+	$(LATEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" tests/kernels tests/model tests/parity tests/test_hub.py
+
+$(LATEST)/.installed: setup.py
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/python -m pip install --quiet --upgrade --editable ".[dev]"
+	touch $@
+
 lint: $(SETUP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -38,4 +48,4 @@ bench: $(SETUP)
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks gpu --minutes $(or $(MINUTES),9)
 
-.PHONY: demo test fuzz faults lint xray bench gpu
+.PHONY: demo test test-latest fuzz faults lint xray bench gpu

@@ -31,8 +31,10 @@ setup(
     package_dir={"minibert": "minibert", "minibert_kernels": "kernels/minibert_kernels"},
     package_data={"minibert": ["samples/*.csv"], "minibert_kernels": ["xray_limits.json"]},
     install_requires=[
-        "torch>=2.10",
-        "triton>=3.6; platform_system == 'Linux'",
+        # what the tests were run with: 2.11, 2.13 and 2.14, each with the triton that it requires
+        "torch>=2.11,<2.15",
+        # what every kernel is compiled with: `make triton-matrix`
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy>=1.26",
         "tokenizers>=0.21",
         "safetensors>=0.5",

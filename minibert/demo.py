@@ -116,7 +116,7 @@ def parity_part(weights: Path, device: str) -> list[tuple[str, str, bool]]:
     interpreter = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     where = "in the interpreter" if interpreter else f"on {device}"
     for backend, name, extra in (("reference", "plain torch", {}), ("triton", f"kernels, {where}", interpreter)):
-        command = [sys.executable, "-m", "minibert.cli", "parity", str(weights), "--json", "--device", device]
+        command = [sys.executable, "-m", "minibert", "parity", str(weights), "--json", "--device", device]
         process = subprocess.run(
             [*command, "--backend", backend], env=os.environ | extra, stdout=subprocess.PIPE, text=True
         )

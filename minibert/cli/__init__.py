@@ -186,7 +186,3 @@ def _print_help() -> None:
 def entry() -> None:
     """The console script."""
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    entry()

@@ -191,7 +191,7 @@ def test_triton_on_a_cpu_says_what_to_do(files, checkpoint):
     out = files / "out"
     command = f"finetune --data {files}/good.csv --init {checkpoint} --out {out} --backend triton --device cpu"
     process = subprocess.run(
-        [sys.executable, "-m", "minibert.cli", *command.split()], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "minibert", *command.split()], env=environment, capture_output=True, text=True
     )
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1 and "use backend='reference'" in process.stderr

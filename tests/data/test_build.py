@@ -217,7 +217,7 @@ def test_a_build_that_is_killed_goes_on_and_leaves_no_process(sample_corpus, tok
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     command = f"prepare --data {texts} --out {tmp_path / 'out'} --tokenizer {tmp_path / 'tokenizer'} --workers 2"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen([sys.executable, "-m", "minibert.cli", *command.split()], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "minibert", *command.split()], env=environment)
     deadline = time.monotonic() + 120
 
     def finished():

@@ -53,7 +53,7 @@ def torchrun(options, command, output):
     }
     with open(output, "w") as file:
         return subprocess.Popen(
-            [*launcher.split(), *options.split(), "-m", "minibert.cli", *command.split()],
+            [*launcher.split(), *options.split(), "-m", "minibert", *command.split()],
             env=environment, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
