@@ -64,9 +64,11 @@ def refuse_taken(flag: str, file: str | None) -> None:
         raise ValueError(f"--{flag} {file}: expected a new file in a directory that exists")
 
 
-def load(kind: type, source: Path, device: str, backend: str, allow_pickle: bool) -> torch.nn.Module:
+def load(
+    kind: type, source: Path, device: str, backend: str, allow_pickle: bool, dtype: str = "float32"
+) -> torch.nn.Module:
     check_backend(backend, device)
-    return kind.from_pretrained(source, backend=backend, allow_pickle=allow_pickle).to(device)
+    return kind.from_pretrained(source, backend=backend, allow_pickle=allow_pickle, dtype=dtype).to(device)
 
 
 def model_kind(source: Path, allow_pickle: bool) -> type:

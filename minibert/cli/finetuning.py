@@ -81,6 +81,7 @@ from .flags import (
     TextColumn,
     Truncate,
     Warmup,
+    WeightsDtype,
 )
 from .sweeping import grid, report_runs
 
@@ -323,6 +324,7 @@ def evaluate(
     truncate: Truncate = False,
     seed: Seed = 0,
     device: Device = "auto",
+    dtype: WeightsDtype = "float32",
     backend: Backend = "auto",
     allow_pickle: Pickle = False,
     json: Json = False,
@@ -341,7 +343,7 @@ def evaluate(
     if kind is None and report is not None:
         raise ValueError(f"{source} has no head of a task, whose mistakes --report would show: fine-tune it first")
     if kind is not None:
-        network = load(kind, source, device, backend, allow_pickle)
+        network = load(kind, source, device, backend, allow_pickle, dtype)
         task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
         check_complete(network, source)
         labelled = part_of(data, "test", "valid", fits=lambda source: has_labels(task, source))
@@ -351,7 +353,7 @@ def evaluate(
         predictions = list(answer(task, network, tokenizer, examples, chunk=len(examples)))
         result = task.measure(examples, predictions, network.config)
     else:
-        network = load(language_model(load_config(source)), source, device, backend, allow_pickle)
+        network = load(language_model(load_config(source)), source, device, backend, allow_pickle, dtype)
         if any(name.startswith("mlm.") for name in network.new_parameters):
             raise ValueError(f"{source} has neither a task's head nor a masked-language-model head")
         result = evaluate_on_text(network, source, data, text_column or "text", seed, device, objectives)
@@ -403,6 +405,7 @@ def predict(
     on_bad_record: OnBadRecord = "fail",
     truncate: Truncate = False,
     device: Device = "auto",
+    dtype: WeightsDtype = "float32",
     backend: Backend = "auto",
     allow_pickle: Pickle = False,
     json: Json = False,
@@ -420,7 +423,7 @@ def predict(
     kind = head_of(source, allow_pickle)
     if kind is None:
         raise ValueError(f"{source} has no head of a task: fine-tune it first")
-    network = load(kind, source, resolve_device(device), backend, allow_pickle)
+    network = load(kind, source, resolve_device(device), backend, allow_pickle, dtype)
     check_complete(network, source)
     task, bad = with_flags(task_of(network), locals()), BadRecords(on_bad_record)
     if data:

@@ -12,6 +12,9 @@ Steps = Annotated[int | None, "optimizer steps"]
 Seed = Annotated[int, "everything random follows from it"]
 Device = Annotated[str, "cpu, cuda, or auto"]
 Dtype = Annotated[str, "float32, or bfloat16 for autocast"]
+WeightsDtype = Annotated[
+    str, "of the weights: float32, or bfloat16: half the memory, and faster where the processor has bfloat16 units"
+]
 Backend = Annotated[str, "auto, triton or reference"]
 Resume = Annotated[bool, "continue the run in --out, bit for bit"]
 Lr = Annotated[float, "peak learning rate"]

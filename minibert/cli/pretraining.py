@@ -75,6 +75,7 @@ from .flags import (
     SplitOnOom,
     VocabSize,
     Warmup,
+    WeightsDtype,
 )
 from .phases import plan_phases, refuse_other_form
 
@@ -369,6 +370,7 @@ def fill_mask(
     model: Directory,
     top: Annotated[int, "tokens to show"] = 5,
     device: Device = "auto",
+    dtype: WeightsDtype = "float32",
     backend: Backend = "auto",
     allow_pickle: Pickle = False,
     json: Json = False,
@@ -384,7 +386,7 @@ def fill_mask(
     source = resolve_model(model)
     if load_config(source).causal:
         raise ValueError(f"{source} is causal: continue a text with it, by minibert generate")
-    network = load(BertForPreTraining, source, resolve_device(device), backend, allow_pickle)
+    network = load(BertForPreTraining, source, resolve_device(device), backend, allow_pickle, dtype)
     if any(name.startswith("mlm.") for name in network.new_parameters):
         raise ValueError(f"{source} has no masked-language-model head: pretrain it first")
     answers = task.fill_mask(network, Tokenizer.from_pretrained(source), text, top)
@@ -405,6 +407,7 @@ def generate(
     top_k: Annotated[int | None, "draw among so many likeliest tokens; None for all"] = None,
     seed: Seed = 0,
     device: Device = "auto",
+    dtype: WeightsDtype = "float32",
     backend: Backend = "auto",
     allow_pickle: Pickle = False,
     json: Json = False,
@@ -418,7 +421,7 @@ def generate(
     source = resolve_model(model)
     if not load_config(source).causal:
         raise ValueError(f"{source} is not causal: pretrain it with --objectives clm")
-    network = load(BertForMaskedLM, source, resolve_device(device), backend, allow_pickle)
+    network = load(BertForMaskedLM, source, resolve_device(device), backend, allow_pickle, dtype)
     if network.new_parameters:
         raise ValueError(f"{source} has no language-model head: pretrain it first")
     tokenizer = Tokenizer.from_pretrained(source)

@@ -110,9 +110,9 @@ class Bert(nn.Module):
     objective = ""  # names the Hugging Face class in config.json
 
     @classmethod
-    def from_pretrained(cls, directory, *, backend: str = "auto", allow_pickle: bool = False, **config_changes):
-        """A model with the weights of a Hugging Face directory; see `minibert.hub.from_pretrained`."""
-        return hub.from_pretrained(cls, directory, backend=backend, allow_pickle=allow_pickle, **config_changes)
+    def from_pretrained(cls, directory, **options):
+        """A model with the weights of a Hugging Face directory; see `minibert.hub.from_pretrained` for the options."""
+        return hub.from_pretrained(cls, directory, **options)
 
     def save_pretrained(self, directory, tokenizer=None, parameters: Mapping[str, Tensor] | None = None) -> None:
         """Write a directory that Hugging Face's BERT loads; see `minibert.hub.save_pretrained`."""

@@ -86,6 +86,8 @@ class Step:
         self.device = next(model.parameters()).device
         self.half = dtype == "bfloat16"
         self.optimizer = OPTIMIZERS[optimizer](model, LR) if mode == "train" else None
+        if self.half and mode == "infer":
+            model.to(torch.bfloat16)
 
     def __call__(self) -> None:
         with self.mark("step"):
@@ -98,7 +100,7 @@ class Step:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     def infer(self) -> None:
-        with self.mark("forward"), torch.inference_mode(), self.autocast():
+        with self.mark("forward"), torch.inference_mode():
             self.model(self.batch.to(self.device))
 
     def train(self) -> None:

@@ -57,14 +57,16 @@ class Pipeline:
 
 
 def pipeline(
-    task: str, directory=None, *, device: str | None = None, backend: str = "auto", allow_pickle=False, **options: Any
-) -> Pipeline:
+    task: str, directory=None, *, device: str | None = None, dtype: str | torch.dtype = "float32",
+    backend: str = "auto", allow_pickle=False, **options: Any,
+) -> Pipeline:  # fmt: skip
     """The model of a directory as a function of texts, see `Pipeline`.
 
     Args:
         task: a name in `TASKS`; or the directory, alone: then the task is the one that the model was fine-tuned for.
         directory: a run, a checkpoint or a Hugging Face directory.
         device: by default CUDA where there is one.
+        dtype: of the weights, "float32" or "bfloat16"; see `minibert.hub.from_pretrained`.
         options: of the task, as truncate=True; by default those it was fine-tuned with.
     Raises:
         ValueError: the directory has no model for the task, or the task no such option.
@@ -77,7 +79,7 @@ def pipeline(
     if head is None:
         raise ValueError(f"{source} has no head of a task: fine-tune it first")
     place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = head.from_pretrained(source, backend=backend, allow_pickle=allow_pickle)
+    model = head.from_pretrained(source, backend=backend, allow_pickle=allow_pickle, dtype=dtype)
     if model.new_parameters:
         raise ValueError(f"{source} has no {', '.join(model.new_parameters)}, which {name} needs: fine-tune it first")
     kinds = tasks_for(model)

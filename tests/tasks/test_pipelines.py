@@ -10,6 +10,7 @@ from toy_start import SMALL, toy_start, toy_tokenizer
 
 import minibert
 from minibert import BertConfig, BertModel, Tokenizer, pipeline
+from minibert.batch import pack
 from minibert.cli import main
 from minibert.tasks import TASKS, make_task
 from minibert.tasks.pipelines import Pipeline
@@ -80,6 +81,24 @@ def test_a_pipeline_says_what_the_command_line_says(name, models, capsys):
     typed = text if isinstance(text, str) else " ||| ".join(text)
     assert main(["predict", "--model", str(models / name), typed, "--json", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["predictions"] == [pipeline(name, models / name, device="cpu")(text)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_weights_give_nearly_the_same_scores(name, models):
+    text = CASES[name][2]
+    wide, narrow = (pipeline(name, models / name, device="cpu", dtype=dtype) for dtype in ("float32", torch.bfloat16))
+    assert {p.dtype for p in narrow.model.parameters()} == {torch.bfloat16}
+    assert set(narrow(text)) == set(wide(text))
+    batch = pack([[2, 7, 9, 3], [2, 8, 3]], token_rows=torch.tensor([0, 1, 4, 5]))
+    with torch.inference_mode():
+        ours, theirs = (model(batch).to_tuple()[0].float() for model in (narrow.model, wide.model))
+    assert 0 < (ours - theirs).abs().max() < 0.03 * theirs.abs().max() + 0.03
+
+
+def test_weights_are_of_no_other_dtype(models):
+    with pytest.raises(ValueError, match="dtype='float16' is not one of float32, bfloat16"):
+        pipeline(models / "classification", dtype="float16")
+    assert main(["predict", "--model", str(models / "classification"), "a cat", "--dtype", "half"]) == 2
 
 
 def test_a_stream_is_read_as_it_comes(models):
