@@ -120,7 +120,7 @@ def _groups(seq_ids, seed, score_bias, alibi_slopes, scale, dropout, left, right
             0 if n == 1 else stride for n, stride in zip(score_bias.shape, score_bias.stride(), strict=True)
         )
     terms = Terms(scale, alibi_slopes, score_bias, strides, None if left is None else (left, right))
-    return terms, Dropout(threshold(dropout), seed, seq_ids) if dropout > 0.0 else None
+    return terms, Dropout(threshold(dropout), seed, seq_ids) if dropout > 0.0 else Dropout()
 
 
 @torch.library.custom_op("minibert::attention_fwd", mutates_args=())
@@ -384,7 +384,7 @@ def _aot_case(arch, direction, head_size, length=512, *, dropout=False, extras=F
     values = {
         "cu_seqlens_ptr": "*i32", "schedule_ptr": "*i32" if extras else None, "lse_ptr": "*fp32", "dlse_ptr": None,
         "delta_ptr": None if short else "*fp32", "terms": Terms(0.125, *terms),
-        "dropout": Dropout(26, "*i64") if dropout else None, "bias_batches": 1, "bias_heads": 12, "max_seqlen": length,
+        "dropout": Dropout(26, "*i64") if dropout else Dropout(), "bias_batches": 1, "bias_heads": 12, "max_seqlen": length,
     }  # fmt: skip
     values |= {f"{name}_strides": (3 * 12 * head_size, head_size, 1) for name in ("q", "k", "v")}
     if not extras or not plan.programs_per_sm:

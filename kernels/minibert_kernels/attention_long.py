@@ -83,11 +83,11 @@ def _attention_fwd_kernel(
                 probs = tl.exp2(scores * scale2 - shift[:, None])
                 shrink = tl.exp2(peak - shift)
                 total = total * shrink + tl.sum(probs, 1)
-                if dropout is not None:
+                if dropout.seed_ptr is not None:
                     probs = tl.where(keep_tile(dropout, seq, head, m0, n0, BLOCK_M, BLOCK_N), probs, 0.0)
                 acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
                 peak = new_peak
-        if dropout is not None:
+        if dropout.seed_ptr is not None:
             acc *= keep_scale(dropout)
         total = tl.where(total == 0.0, 1.0, total)
         out_tile = pointers(out_ptr, (num_heads * HEAD_SIZE, HEAD_SIZE, 1), first + m0, head, BLOCK_M, BLOCK_D)
@@ -137,7 +137,7 @@ def _attention_bwd_dq_kernel(
                 )
                 probs = tl.exp2(scores * base2(terms.scale) - lse[:, None])
                 dprobs = tl.dot(dout, tl.trans(v), input_precision="ieee")
-                if dropout is not None:
+                if dropout.seed_ptr is not None:
                     keep = keep_tile(dropout, seq, head, m0, n0, BLOCK_M, BLOCK_N)
                     dprobs = tl.where(keep, dprobs * keep_scale(dropout), 0.0)
                 dscores = (probs * (dprobs - delta[:, None])).to(k.dtype)
@@ -188,14 +188,14 @@ def _attention_bwd_dkdv_kernel(
             probs = tl.exp2(scores * base2(terms.scale) - lse[None, :])
             dprobs = tl.dot(v, tl.trans(dout), input_precision="ieee")
             dropped = probs
-            if dropout is not None:
+            if dropout.seed_ptr is not None:
                 keep = tl.trans(keep_tile(dropout, seq, head, m0, n0, BLOCK_M, BLOCK_N))
                 dprobs = tl.where(keep, dprobs * keep_scale(dropout), 0.0)
                 dropped = tl.where(keep, probs, 0.0)
             dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision="ieee")
             dscores = (probs * (dprobs - delta[None, :])).to(q.dtype)
             dk = tl.dot(dscores, q, dk, input_precision="ieee")
-        if dropout is not None:
+        if dropout.seed_ptr is not None:
             dv *= keep_scale(dropout)
         strides = (num_heads * HEAD_SIZE, HEAD_SIZE, 1)
         tl.store(pointers(dk_ptr, strides, own, head, BLOCK_N, BLOCK_D), (dk * terms.scale).to(k.dtype), mask=in_tile)
@@ -237,7 +237,7 @@ def _attention_bwd_dbias_kernel(
             v = tl.load(pointers(v_ptr, v_strides, first + n0, head, BLOCK_N, BLOCK_D), mask=in_keys, other=0.0)
             dout = pointers(dout_ptr, dout_strides, first + m0, head, BLOCK_M, BLOCK_D)
             dprobs = tl.dot(tl.load(dout, mask=in_queries, other=0.0), tl.trans(v), input_precision="ieee")
-            if dropout is not None:
+            if dropout.seed_ptr is not None:
                 keep = keep_tile(dropout, seq, head, m0, n0, BLOCK_M, BLOCK_N)
                 dprobs = tl.where(keep, dprobs * keep_scale(dropout), 0.0)
             dbias += probs * (dprobs - delta[:, None])

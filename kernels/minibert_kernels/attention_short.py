@@ -38,10 +38,10 @@ def _attention_short_fwd_kernel(
     probs = tl.exp2(scores * scale2 - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
     total = tl.sum(probs, 1)
     total = tl.where(total == 0.0, 1.0, total)
-    if dropout is not None:
+    if dropout.seed_ptr is not None:
         probs = tl.where(keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S), probs, 0.0)
     out = tl.dot(probs.to(v.dtype), v, input_precision="ieee") / total[:, None]
-    if dropout is not None:
+    if dropout.seed_ptr is not None:
         out *= keep_scale(dropout)
     out_tile = pointers(out_ptr, (num_heads * HEAD_SIZE, HEAD_SIZE, 1), first, head, BLOCK_S, BLOCK_D)
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=in_tile)
@@ -78,16 +78,16 @@ def _attention_short_bwd_kernel(
     # the sum is 1 but for the rounding of lse, which all of a row shares
     total = tl.sum(probs, 0)
     probs *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
-    if dropout is not None:
+    if dropout.seed_ptr is not None:
         # the sign carries the mask to its second use in no register
         probs = tl.where(tl.trans(keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S)), probs, -probs)
     dropped = tl.where(probs < 0.0, 0.0, probs)
     dv = tl.dot(dropped.to(dout.dtype), dout, input_precision="ieee")
-    if dropout is not None:
+    if dropout.seed_ptr is not None:
         dv *= keep_scale(dropout)
     tl.store(pointers(dv_ptr, strides, first, head, BLOCK_S, BLOCK_D), dv.to(v.dtype), mask=in_tile)
     dprobs = tl.dot(v, tl.trans(dout), input_precision="ieee")
-    if dropout is not None:
+    if dropout.seed_ptr is not None:
         dprobs = tl.where(probs < 0.0, 0.0, dprobs * keep_scale(dropout))
         probs = tl.abs(probs)
     delta = tl.sum(probs * dprobs, 0)

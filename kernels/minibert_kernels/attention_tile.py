@@ -23,10 +23,14 @@ class Terms(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """The byte threshold, the int64 seed in memory, and the int64 [B] counters of the sequences, or None."""
+    """The byte threshold, the int64 seed in memory, or None without dropout, and the int64 [B] counters of the
+    sequences, or None for 0, 1, 2, ...
 
-    threshold: Any
-    seed_ptr: Any
+    A kernel tests members: a tuple that may itself be None does not compile in Triton 3.6.
+    """
+
+    threshold: Any = 0
+    seed_ptr: Any = None
     seq_ids_ptr: Any = None
 
 
