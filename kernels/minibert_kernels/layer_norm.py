@@ -29,6 +29,21 @@ KINDS = ("layernorm", "rmsnorm")
 
 
 @triton.jit
+def centre_rows(total, in_row, n_cols):
+    """total less the mean of its row, zero outside of in_row, and the mean; a constant row comes out as exact zeros."""
+    n_cols = n_cols * 1.0
+    inverse = 1.0 / n_cols
+    mean = tl.sum(total, axis=1) * inverse
+    total = tl.where(in_row, total - mean[:, None], 0.0)
+    # the mean is rounded, and 1/sqrt(eps) would magnify that. Of a constant row a few equal bits are left: their sum is
+    # exact, and so is their mean if the division is, which no GPU's fast division is without the second step
+    total_rest = tl.sum(total, axis=1)
+    rest = total_rest * inverse
+    rest += tl.fma(-rest, n_cols, total_rest) * inverse
+    return tl.where(in_row, total - rest[:, None], 0.0), mean + rest
+
+
+@triton.jit
 def _dropout_add_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # [rows, cols] twice, [cols] twice; residual and bias may be None
     seed_ptr, rows_ptr,                         # int64 scalar, int64 [rows]; read with DROPOUT only
@@ -59,9 +74,8 @@ def _dropout_add_norm_fwd_kernel(
         total = stored.to(tl.float32)
 
     if not RMS:
-        mean = tl.sum(total, axis=1) / n_cols
+        total, mean = centre_rows(total, in_row, n_cols)
         tl.store(mean_ptr + row, mean, mask=in_rows)
-        total = tl.where(in_row, total - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(total * total, axis=1) / n_cols + eps)
     tl.store(rstd_ptr + row, rstd, mask=in_rows)
 

@@ -119,11 +119,18 @@ def dropout_add_norm(
     if residual is not None:
         total = total + residual
     total = total.to(dtype)  # what is normalised is what backward, or a following layer, would read
-    if kind == "layernorm" and {dtype} == {p.dtype for p in (weight, bias) if p is not None}:
-        out = F.layer_norm(total, weight.shape, weight, bias, eps)  # torch's statistics are float32 without a copy
+    uniform = {dtype} == {p.dtype for p in (weight, bias) if p is not None}
+    if kind == "layernorm" and uniform and (dtype == wide or not any_gradient(total, weight, bias)):
+        # without a copy torch's statistics are float32, too; but what it saves of them for backward is rounded to dtype
+        out = F.layer_norm(total, weight.shape, weight, bias, eps)
     else:
         out = normalise(total.to(wide), weight, bias, eps, kind).to(dtype)
     return (out, total) if prenorm else out
+
+
+def any_gradient(*tensors):
+    """Whether autograd records what is done with any of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def normalise(x, weight, bias, eps, kind):

@@ -214,6 +214,53 @@ def test_extreme_rows_come_out_as_the_reference_has_them(kind, dtype, device, po
         assert torch.equal(ours[5:], bias.expand(3, -1)), "the rows have no variance"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1), (3, 37), (3, 768), (1, 1, 1023), (5, 1024)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_row_of_equal_values_comes_out_as_the_bias(backend, shape, dtype, device, poisoned):
+    _, _, weight, bias = (t.detach() for t in inputs(device, *shape, dtype=dtype))
+    for value in (1000.1, -3.3e-3, 0.0) + ((2.7e6,) if dtype == torch.float32 else ()):
+        x = torch.full(shape, value, device=device, dtype=dtype)
+        halves = x / 2
+        for total in ((x, None), (halves, halves), (torch.zeros_like(x), x)):
+            out = dropout_add_norm(*total, weight, bias, dropout=0.0, backend=backend)
+            assert torch.equal(out, bias.expand(shape)), value
+        out = dropout_add_norm(torch.zeros_like(x), x, weight, bias, dropout=0.5, seed=SEED, backend=backend)
+        assert torch.equal(out, bias.expand(shape)), value
+
+
+def test_the_gradient_of_a_row_of_equal_values_is_that_of_float64(device, poisoned):
+    x = torch.full((3, 768), 1000.1, device=device)
+    _, dout, weight, bias = (t.detach() for t in inputs(device, *x.shape))
+    ours = run(kernel, (x, None, weight, bias), [dout])
+    g = dout.double() * weight.double()
+    dx = 1e6 * (g - g.mean(-1, keepdim=True))  # 1e6 is 1 / sqrt(eps)
+    torch.testing.assert_close(ours["dx"].double(), dx, rtol=0, atol=1e-6 * dx.abs().max().item())
+    assert not ours["dweight"].any()
+
+
+@pytest.mark.parametrize("cols", [37, 768, 1023])
+def test_a_large_common_offset_costs_no_accuracy(cols, device, poisoned):
+    x, dout, weight, bias = (t.detach() for t in inputs(device, 9, cols))
+    x = x + 1e4
+    tensors, wide = ((x, None, weight, bias), [t if t is None else t.double() for t in (x, None, weight, bias)])
+    ours, torchs = run(kernel, tensors, [dout]), run(eager, tensors, [dout])
+    exact = run(reference.dropout_add_norm, wide, [dout.double()])
+    error = (ours["out"] - exact["out"]).abs().max()
+    assert error <= 2e-7 * exact["out"].abs().max(), "the mean is not rounded where it is subtracted"
+    for name in ("dx", "dweight"):  # of these it is
+        assert_as_accurate(ours[name], torchs[name], exact[name], factor=3, name=name)
+
+
+def test_float16_gradients_of_the_reference_have_statistics_of_float32(device):
+    x, residual, weight, bias = (t.detach() for t in inputs(device, 5, 37, dtype=torch.float16))
+    x, residual = x / 2**17, residual / 2**17  # 1 / sqrt(variance) is past float16's largest
+    tensors, dout = (x, residual, weight, bias), [x]
+    exact = run(reference.dropout_add_norm, [t.double() for t in tensors], [x.double()])
+    ours = run(reference.dropout_add_norm, tensors, dout)
+    torch.testing.assert_close(ours["dx"].double(), exact["dx"], rtol=0, atol=1e-2 * exact["dx"].abs().max().item())
+
+
 def test_no_rows_give_empty_values_and_zero_gradients(device):
     x, residual, weight, bias = inputs(device, 0, 37)
     out, total = kernel(x, residual, weight, bias, dropout=0.1, prenorm=True)
