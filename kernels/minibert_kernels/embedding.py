@@ -24,6 +24,7 @@ from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, use_triton
 from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, multiprocessors, norm_plan
+from .layer_norm import centre_rows
 from .packing import check_index
 from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
 from .segment import segment_sum
@@ -70,8 +71,7 @@ def _embed_norm_fwd_kernel(
     in_tile = in_rows[:, None] & in_row[None, :]
     total = _total(word, type, position, row, in_rows, col, in_tile)
 
-    mean = tl.sum(total, axis=1) / n_cols
-    total = tl.where(in_row[None, :], total - mean[:, None], 0.0)
+    total, mean = centre_rows(total, in_row[None, :], n_cols)
     rstd = tl.rsqrt(tl.sum(total * total, axis=1) / n_cols + eps)
     tl.store(mean_ptr + row, mean, mask=in_rows)
     tl.store(rstd_ptr + row, rstd, mask=in_rows)

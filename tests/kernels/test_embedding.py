@@ -173,6 +173,13 @@ def test_extreme_tables_come_out_as_the_reference_has_them(dtype, device, poison
         assert torch.equal(ours[name].isfinite(), exact[name].isfinite()), name
 
 
+def test_tokens_of_equal_values_come_out_as_the_bias(device, poisoned):
+    ids, zeros = torch.arange(5, device=device), torch.zeros(5, 768, device=device)
+    word, (weight, bias) = torch.full_like(zeros, 1000.1), torch.randn(2, 768, device=device)
+    out = kernel(ids, ids, ids, word, zeros, zeros, weight, bias)
+    assert torch.equal(out, bias.expand(5, -1))
+
+
 def test_no_tokens_give_empty_values_and_zero_gradients(device):
     tensors = inputs(device, 0)
     results = values_and_gradients(kernel, tensors, [torch.zeros(0, 37, device=device)], dropout=0.1)
