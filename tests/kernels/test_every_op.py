@@ -35,8 +35,8 @@ class Call:
         drawn = {name: torch.randn(shape, generator=generator) for name, shape in self.shapes.items()}
         return {name: t.to(DEVICE, dtype) for name, t in drawn.items()} | self.fixed
 
-    def run(self, backend="triton", dtype=torch.float32, op=None):
-        """Values and gradients by name."""
+    def run(self, backend="triton", dtype=torch.float32, op=None, tensors=None):
+        """Values and gradients by name; of other tensors than its own, if there are any."""
         op, douts = op or self.op, [torch.tensor(1.5, device=DEVICE)] * 3
 
         def call(**tensors):
@@ -49,7 +49,7 @@ class Call:
                 douts[i] = torch.linspace(-1, 1, max(out.numel(), 1), device=DEVICE)[: out.numel()].view(out.shape)
             return outs
 
-        return values_and_gradients(expanded, self.tensors(dtype), douts)
+        return values_and_gradients(expanded, self.tensors(dtype) if tensors is None else tensors, douts)
 
 
 QKV = {"q": (13, 2, 16), "k": (13, 2, 16), "v": (13, 2, 16)}
@@ -87,6 +87,22 @@ CALLS = {
     ),
     "unpack": Call(kernels.unpack, {"x": (13, 37)}, CUTS, {"max_seqlen": 8}),
 }  # fmt: skip
+# what a kernel indexes by number, where the calls of the table leave it to its default
+COUNTERS = {
+    "dropout_add_norm": {"rows": ints(4, 0, 7, 2**33, 2, 3, 1, 6, 5)},
+    "embed_norm": {"rows": ints(4, 0, 7, 2**33, 2, 3, 1, 6, 5)},
+    "attention": {"seq_ids": ints(5, 2**33, 0), "schedule": ints((2, 0), (0, 0), (-1, -1), dtype=torch.int32)},
+    "attention long": {"seq_ids": ints(5, 2**33, 0), "schedule": ints((2, 0), (0, 0), (-1, -1), dtype=torch.int32)},
+}  # fmt: skip
+MLM_MASK = Call(
+    kernels.mlm_mask, {},
+    CUTS | {
+        "ids": torch.arange(13, device=DEVICE) + 5, "special": torch.arange(20, device=DEVICE) < 5,
+        "ordinary": torch.arange(5, 20, device=DEVICE), "continues": torch.arange(20, device=DEVICE) % 4 == 0,
+        "seq_ids": ints(5, 2**33, 0), "epochs": ints(1, 0, 2),
+    },
+    {"max_seqlen": 8, "mask_id": 4, "rate": 0.5, "unit": "word", "seed": SEED},
+)  # fmt: skip
 # ops without a gradient: mlm_mask, and lamb_step, which works in place on lists; their own files have these tests
 WITHOUT_GRADIENT = {"mlm_mask", "lamb_step"}
 
@@ -104,6 +120,21 @@ def assert_equal(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def strided(x):
+    """The values of x, where x[0], x[1], ... are no neighbours in memory."""
+    return torch.stack([x, torch.zeros_like(x), torch.ones_like(x)], dim=1)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [(n, t) for n, c in (*CALLS.items(), ("mlm_mask", MLM_MASK)) for t in (*c.fixed, *COUNTERS.get(n, ()), *c.shapes)],
+)
+def test_a_tensor_may_have_any_stride(name, tensor):
+    call = CALLS.get(name, MLM_MASK)
+    plain = call.tensors() | COUNTERS.get(name, {})
+    assert_equal(call.run(tensors=plain | {tensor: strided(plain[tensor])}), call.run(tensors=plain))
 
 
 class Recorder(TorchDispatchMode):
