@@ -14,6 +14,8 @@ is no measurement. A step is a sum over ops, without gaps between launches, as f
 import re
 from dataclasses import dataclass
 
+from . import lamb
+
 COPY_SHARE, MATRIX_SHARE = 0.9, 0.7
 EXPONENTIALS = 16  # a clock and multiprocessor
 LAUNCH = 3e-6
@@ -128,8 +130,6 @@ ROW_BYTES = {
     "bias_gelu": (4, 6), "bias_geglu": (6, 10), "bias_swiglu": (6, 10), "dropout_add_norm": (8, 8),
     "embed_norm": (6, 10),
 }  # fmt: skip
-# reads and writes of a parameter or its gradient, and of float32 moments
-LAMB_ACCESSES = {"moments": (2, 4), "update": (2, 2), "without trust ratio": (3, 4)}
 
 
 def kernel_work(op: str, direction: str, plan: str) -> Work | None:
@@ -150,8 +150,7 @@ def kernel_work(op: str, direction: str, plan: str) -> Work | None:
         )  # fmt: skip
     if op == "lamb_step":
         dtype, part = plan.split(" ", 1)
-        own, moments = LAMB_ACCESSES[part]
-        size = (2 if dtype == "bf16" else 4) * own + 4 * moments
+        size = lamb.least_bytes(2 if dtype == "bf16" else 4, part)
         return Work(bytes=size, unit="parameter", units=MODELS["bert-base"].parameters)
     if op == "mlm_mask":
         return Work(bytes=3 * 8)
@@ -222,7 +221,7 @@ def step_work(model: Model, length: int, variant: str, tokens: int = STEP_TOKENS
     # logits: read for the sum and again for the gradient, which is written over them; torch's log_softmax is float32
     work["loss"] = Work(bytes=LABELLED * model.vocab * (6 if fused else 36))
     work["embeddings"] = Work(bytes=2 * d * (14 if fused else 30))
-    work["optimizer"] = Work(bytes=28 * model.parameters / tokens)
+    work["optimizer"] = Work(bytes=lamb.least_bytes(4) * model.parameters / tokens)
     return work
 
 

@@ -40,6 +40,7 @@ from . import (
 )
 from ._triton import AVAILABLE
 from .dispatch import interpreting
+from .lamb import least_bytes
 
 SECTOR = 32
 TOKENS, WIDTH = 256, 768  # what the row ops are counted at, in float16, whose bytes are those of bfloat16
@@ -271,13 +272,10 @@ def _lamb_cases():
         for adapt in (True, False):
             weights, moments = ([torch.zeros(64, WIDTH, dtype=t)] for t in (dtype, torch.float32))
             states = (weights, [weights[0].clone()], moments, [moments[0].clone()])
-            own, of_moments = 3 * weights[0].nbytes, 4 * moments[0].nbytes
-            # the trust ratio is known when all was read: the update reads weight and moments again
-            again = weights[0].nbytes + 2 * moments[0].nbytes if adapt else 0
             yield Case(
                 op="lamb_step", label=name + ("" if adapt else " without trust ratio"),
                 call=lambda x, s=states, a=adapt: (lamb_step(*s, lr=1e-3, step=1, adapt=a, backend="triton"), x)[1:],
-                activations=(moments[0],), forward=own + of_moments + again, backward=0,
+                activations=(moments[0],), forward=weights[0].numel() * least_bytes(dtype.itemsize), backward=0,
             )  # fmt: skip
 
 

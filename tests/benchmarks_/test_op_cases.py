@@ -11,6 +11,7 @@ from benchmarks.cases import BOTH, TABLE, TINY, Draw
 from benchmarks.gate import Refused
 from benchmarks.kernels import Bound, Gate
 from benchmarks.measure import Peaks, measure
+from minibert_kernels import roofline, traffic
 
 PEAKS = Peaks(flops=1e18, bytes=1e18)
 
@@ -39,6 +40,12 @@ def test_every_op_is_timed_in_each_direction_and_nobody_of_ours_is_refused(case)
 
 def test_the_table_has_every_op_that_has_a_kernel():
     assert {case.op for case in TABLE} == set(minibert_kernels.TRITON_OPS)
+
+
+def test_the_least_bytes_of_lamb_are_those_that_the_kernels_are_held_to():
+    [timed] = {case.make(np.array([4]), 4, Draw("cpu")).works["fwd"].bytes / 999 for case in TINY if "lamb" in case.op}
+    counted = {case.forward / case.activations[0].numel() for case in traffic.cases() if case.label.startswith("fp32")}
+    assert counted == {timed} == {roofline.kernel_work("lamb_step", "fwd", "fp32 without trust ratio").bytes}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
