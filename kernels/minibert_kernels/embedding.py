@@ -22,7 +22,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import check_device, use_triton
+from .dispatch import check_device, check_floating, use_triton
 from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, multiprocessors, norm_plan
 from .layer_norm import centre_rows
 from .packing import check_index
@@ -292,6 +292,7 @@ def _check(ids, type_ids, positions, word, position, type, weight, bias, dropout
     for name, param in (("weight", weight), ("bias", bias)):
         if param is not None and param.shape != word.shape[1:]:
             raise ValueError(f"{name} is {list(param.shape)}: expected [{word.shape[1]}], the columns of word")
+    check_floating(word=word, weight=weight, bias=bias)
     threshold(dropout)
     if isinstance(seed, torch.Tensor):
         as_seed(seed, word.device)

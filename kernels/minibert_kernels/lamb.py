@@ -22,7 +22,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import use_triton
+from .dispatch import check_floating, use_triton
 from .launch import FP_FUSION, AotCase, aot_arguments
 
 CHUNK = 16384  # elements of one tensor that a program updates
@@ -280,6 +280,7 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, lr, step, betas, eps, weight_de
             raise ValueError(f"{name} has {len(tensors)} tensors, params has {len(params)}")
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     for i, p in enumerate(params):
+        check_floating(**{f"params[{i}]": p})
         wide = torch.promote_types(p.dtype, torch.float32)
         for name, tensors in lists.items():
             misfit = _misfit(tensors[i], p.shape, wide if name.startswith("exp") else p.dtype, params[0].device)

@@ -18,7 +18,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import check_device, is_disabled, on_host, use_triton
+from .dispatch import check_device, check_floating, is_disabled, on_host, use_triton
 from .launch import FP_FUSION, AotCase, aot_arguments, cross_entropy_plan
 
 CHUNK_BYTES = 64 * 2**20
@@ -363,6 +363,7 @@ def _check(hidden, weight, bias, labels, ignore_index, label_smoothing, reductio
     if labels.dtype != torch.int64 or labels.shape != hidden.shape[:1]:
         raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}: expected int64 [{len(hidden)}], one a row")
     check_device(hidden=hidden, weight=weight, bias=bias, labels=labels)
+    check_floating(hidden=hidden)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, hidden is {hidden.dtype}: expected one dtype")

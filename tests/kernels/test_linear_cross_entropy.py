@@ -403,6 +403,10 @@ def test_a_label_outside_of_the_vocabulary_makes_the_loss_nan_on_a_gpu():
         ({"weight": torch.zeros(9, 3)}, r"weight is \[9, 3\]: expected \[V, 4\] with V of at least 1"),
         ({"weight": torch.zeros(0, 4)}, r"weight is \[0, 4\]: expected \[V, 4\]"),
         ({"weight": torch.zeros(4)}, r"weight is \[4\]: expected \[V, 4\]"),
+        (
+            {"hidden": torch.zeros(5, 4).long(), "weight": torch.zeros(9, 4).long()},
+            "hidden is torch.int64: expected float32, float16, bfloat16 or float64",
+        ),
         ({"weight": torch.zeros(9, 4).half()}, "weight is torch.float16, hidden is torch.float32: expected one dtype"),
         ({"bias": torch.zeros(8)}, r"bias is \[8\]: expected \[9\], as many as weight has rows"),
         ({"bias": torch.zeros(9).half()}, "bias is torch.float16, hidden is torch.float32: expected one dtype"),
