@@ -80,7 +80,9 @@ def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) 
 
 def on_host(tensor) -> bool:
     """Whether a tensor's values can be looked at now, without waiting for a device."""
-    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    # a tensor under a transform of torch.func may stand for many
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not hidden
 
 
 def check_device(**tensors) -> None:

@@ -23,8 +23,9 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_floating, use_triton
-from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, multiprocessors, norm_plan
+from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, ceil_div, multiprocessors, norm_plan
 from .layer_norm import centre_rows
+from .op import Op
 from .packing import check_index
 from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
 from .segment import segment_sum
@@ -136,8 +137,7 @@ def _forward_buffers(ids, word, dtype):
     return word.new_empty(len(ids), word.shape[1], dtype=dtype), mean, rstd
 
 
-@torch.library.custom_op("minibert::embed_norm_fwd", mutates_args=())
-def _forward(
+def _run_forward(
     ids: torch.Tensor,
     type_ids: torch.Tensor,
     positions: torch.Tensor | None,
@@ -158,7 +158,7 @@ def _forward(
         return out, mean, rstd
     plan = norm_plan(cols, "fwd")
     with torch.cuda.device_of(word):
-        _embed_norm_fwd_kernel[(triton.cdiv(num_rows, plan.block_m),)](
+        _embed_norm_fwd_kernel[(ceil_div(num_rows, plan.block_m),)](
             _lookup(word, ids), _lookup(type, type_ids), _lookup(position, positions),
             weight.contiguous(), None if bias is None else bias.contiguous(),
             seed, as_counters(rows, num_rows, word.device) if dropout > 0.0 else None, out, mean, rstd,
@@ -169,13 +169,11 @@ def _forward(
     return out, mean, rstd
 
 
-@_forward.register_fake
-def _(ids, type_ids, positions, word, position, type, weight, bias, seed, rows, dropout, eps, dtype):
+def _fake_forward(ids, type_ids, positions, word, position, type, weight, bias, seed, rows, dropout, eps, dtype):
     return _forward_buffers(ids, word, dtype)
 
 
-@torch.library.custom_op("minibert::embed_norm_bwd", mutates_args=())
-def _backward(
+def _run_backward(
     dout: torch.Tensor,
     mean: torch.Tensor,
     rstd: torch.Tensor,
@@ -196,7 +194,7 @@ def _backward(
     dparams = word.new_zeros(2, 1, cols, dtype=torch.float32)
     if num_rows > 0:
         plan = norm_plan(cols, "bwd")
-        programs = min(triton.cdiv(num_rows, plan.block_m), plan.programs_per_sm * multiprocessors(word.device))
+        programs = min(ceil_div(num_rows, plan.block_m), plan.programs_per_sm * multiprocessors(word.device))
         dparams = word.new_empty(2, programs, cols, dtype=torch.float32)
         dout, *dout_strides = as_matrix(dout, cols)
         with torch.cuda.device_of(word):
@@ -212,8 +210,9 @@ def _backward(
     return *dtables, dparams.sum(1)
 
 
-@_backward.register_fake
-def _(dout, mean, rstd, ids, type_ids, positions, word, position, type, weight, seed, rows, dropout, wanted):
+def _fake_backward(
+    dout, mean, rstd, ids, type_ids, positions, word, position, type, weight, seed, rows, dropout, wanted
+):
     tables = zip(wanted, (word, position, type), strict=True)
     dtables = (word.new_empty(table.shape if want else 0) for want, table in tables)
     return *dtables, word.new_empty(2, word.shape[1], dtype=torch.float32)
@@ -237,7 +236,8 @@ def _gradient(ctx, dout, *_):
     return None, None, None, *dtables, dweight, dparams[1].to(ctx.bias_dtype) if ctx.bias_dtype else None, *(None,) * 5
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_backward = Op("embed_norm_bwd", _run_backward, _fake_backward)
+_forward = Op("embed_norm_fwd", _run_forward, _fake_forward, save=_save, gradient=_gradient)
 
 
 def embed_norm(

@@ -165,6 +165,7 @@ class GatherPlan:
     num_warps: int = 4
 
 
+@cache
 def gather_plan(cols: int) -> GatherPlan:
     """The plan of a gather of rows with 1 or more columns: at most 128 rows and 16 elements a thread a tile."""
     block_n = min(1024, 1 << (cols - 1).bit_length())
@@ -179,6 +180,7 @@ class MaskingPlan:
     num_warps: int
 
 
+@cache
 def masking_plan(max_seqlen: int) -> MaskingPlan:
     """The plan of `mlm_mask`: 8 tokens a thread."""
     log_block = max(max_seqlen - 1, 15).bit_length()
@@ -193,6 +195,7 @@ class CrossEntropyPlan:
     num_warps: int
 
 
+@cache
 def cross_entropy_plan(cols: int) -> CrossEntropyPlan:
     """The plan of the loss over `cols` classes: 32 columns a thread up to 16,384, then 16 in a loop.
 

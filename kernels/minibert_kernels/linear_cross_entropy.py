@@ -20,6 +20,7 @@ from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_floating, is_disabled, on_host, use_triton
 from .launch import FP_FUSION, AotCase, aot_arguments, cross_entropy_plan
+from .op import Op
 
 CHUNK_BYTES = 64 * 2**20
 STRIP_BYTES = 4 * 2**20  # of logits in float32 that torch works on at a time, in a CPU's cache
@@ -203,8 +204,7 @@ def _loop(hidden, weight, bias, labels, ignore_index, smoothing, max_labels, ker
     return losses, correct, dhidden, dweight, dbias
 
 
-@torch.library.custom_op("minibert::linear_cross_entropy_fwd", mutates_args=())
-def _forward(
+def _run_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -224,8 +224,7 @@ def _forward(
     return losses if each_row else losses.sum(), correct if each_row else correct.sum(), *gradients
 
 
-@_forward.register_fake
-def _(hidden, weight, bias, labels, ignore_index, smoothing, max_labels, each_row, kernel, wanted):
+def _fake_forward(hidden, weight, bias, labels, ignore_index, smoothing, max_labels, each_row, kernel, wanted):
     wide, shape = torch.promote_types(hidden.dtype, torch.float32), labels.shape if each_row else ()
     wanted = [False] * 3 if each_row else wanted
     return (
@@ -237,8 +236,7 @@ def _(hidden, weight, bias, labels, ignore_index, smoothing, max_labels, each_ro
     )
 
 
-@torch.library.custom_op("minibert::linear_cross_entropy_bwd", mutates_args=())
-def _backward(
+def _run_backward(
     dloss: torch.Tensor,
     dhidden: torch.Tensor,
     dweight: torch.Tensor,
@@ -250,13 +248,11 @@ def _backward(
     return tuple(torch.mul(d, dloss, out=d.new_empty(d.shape, dtype=dtype)) for d in (dhidden, dweight, dbias))
 
 
-@_backward.register_fake
-def _(dloss, dhidden, dweight, dbias, dtype):
+def _fake_backward(dloss, dhidden, dweight, dbias, dtype):
     return tuple(d.new_empty(d.shape, dtype=dtype) for d in (dhidden, dweight, dbias))
 
 
-@torch.library.custom_op("minibert::linear_cross_entropy_rows_bwd", mutates_args=())
-def _rows_backward(
+def _run_rows_backward(
     dlosses: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -275,8 +271,7 @@ def _rows_backward(
     return tuple(d if d.dtype == hidden.dtype else d.to(hidden.dtype) for d in gradients)
 
 
-@_rows_backward.register_fake
-def _(dlosses, hidden, weight, bias, labels, ignore_index, smoothing, max_labels, kernel, wanted):
+def _fake_rows_backward(dlosses, hidden, weight, bias, labels, ignore_index, smoothing, max_labels, kernel, wanted):
     shapes = hidden.shape, weight.shape, weight.shape[:1]
     return tuple(hidden.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
@@ -295,6 +290,9 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 10
+    if torch.is_grad_enabled():
+        # the gradients were computed beforehand: a derivative of them would be zero in silence
+        raise NotImplementedError("linear_cross_entropy has no second derivative: use backend='reference'")
     if ctx.each_row:
         gradients = _rows_backward(dloss, *ctx.saved_tensors, *ctx.options)
     else:
@@ -302,7 +300,9 @@ def _gradient(ctx, dloss, *_):
     return *(d if want else None for d, want in zip(gradients, ctx.wanted, strict=True)), *(None,) * 7
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_backward = Op("linear_cross_entropy_bwd", _run_backward, _fake_backward)
+_rows_backward = Op("linear_cross_entropy_rows_bwd", _run_rows_backward, _fake_rows_backward)
+_forward = Op("linear_cross_entropy_fwd", _run_forward, _fake_forward, save=_save, gradient=_gradient)
 
 
 def linear_cross_entropy(

@@ -22,6 +22,7 @@ from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, use_triton
 from .launch import AotCase, aot_arguments, masking_plan
+from .op import Op
 from .philox import as_seed, philox_tile
 from .reference import UNITS, SequenceLayout, exact_labels, span_reach
 
@@ -116,8 +117,7 @@ def _mlm_mask_kernel(
     tl.store(masked_ptr + token, tl.where(chosen, becomes, ids), mask=in_seq)
 
 
-@torch.library.custom_op("minibert::mlm_mask_fwd", mutates_args=())
-def _forward(
+def _run_forward(
     ids: torch.Tensor,
     cu_seqlens: torch.Tensor,
     seq_ids: torch.Tensor | None,
@@ -149,9 +149,7 @@ def _forward(
     return masked, labels
 
 
-@_forward.register_fake
-def _(ids, *_):
-    return ids.new_empty(ids.shape), ids.new_empty(ids.shape)
+_forward = Op("mlm_mask_fwd", _run_forward, lambda ids, *_: (ids.new_empty(ids.shape), ids.new_empty(ids.shape)))
 
 
 def mlm_mask(

@@ -42,6 +42,8 @@ class Op:
             # a setup_context of its own would make each call inspect the signature of forward, for 30 us
             members = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
             self.function = type(name, (torch.autograd.Function,), members)
+        else:
+            self.registered.register_autograd(self._refuse_twice)
 
     def __call__(self, *args):
         """The outputs of `run`, with a gradient where there is one.
@@ -59,9 +61,12 @@ class Op:
             return self.run(*args)
         if self.function is not None:
             return self.function.apply(*args)
-        # of a gradient that is differentiated again: torch says there that this cannot be done
+        # of a gradient that may be differentiated again: the registered operator refuses when it is
         again = any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
         return (self.registered if again else self.run)(*args)
+
+    def _refuse_twice(self, ctx, *_):
+        raise NotImplementedError(f"minibert::{self.name} has no derivative of its own: use backend='reference'")
 
     def _refuse(self, args):
         remedy = "use backend='reference'"

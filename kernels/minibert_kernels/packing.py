@@ -15,7 +15,8 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, on_host, use_triton
-from .launch import FP_FUSION, AotCase, aot_arguments, gather_plan
+from .launch import FP_FUSION, AotCase, aot_arguments, ceil_div, gather_plan
+from .op import Op
 from .segment import segment_sum
 
 
@@ -41,8 +42,7 @@ def _row_axes(inverse):
     return 1 if inverse is None else inverse.ndim
 
 
-@torch.library.custom_op("minibert::gather_rows_fwd", mutates_args=())
-def _forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
+def _run_forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor | None) -> torch.Tensor:
     axes = _row_axes(inverse)
     shape = x.shape[axes:]
     out, cols = x.new_empty(*index.shape, *shape), shape.numel()
@@ -51,7 +51,7 @@ def _forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor | None)
     outer, inner = (*x.shape[:axes], 1)[:2]
     x = x.reshape(outer, inner, cols)
     plan = gather_plan(cols)
-    programs = triton.cdiv(index.numel(), plan.block_m) * triton.cdiv(cols, plan.block_n)
+    programs = ceil_div(index.numel(), plan.block_m) * ceil_div(cols, plan.block_n)
     with torch.cuda.device_of(x):
         _gather_rows_kernel[(programs,)](
             x, index.contiguous(), out, *x.stride(), outer * inner, max(inner, 1), index.numel(), cols,
@@ -60,19 +60,16 @@ def _forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor | None)
     return out
 
 
-@_forward.register_fake
-def _(x, index, inverse):
+def _fake_forward(x, index, inverse):
     return x.new_empty(*index.shape, *x.shape[_row_axes(inverse) :])
 
 
-@torch.library.custom_op("minibert::gather_rows_bwd", mutates_args=())
-def _backward(dout: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
+def _run_backward(dout: torch.Tensor, index: torch.Tensor, size: int) -> torch.Tensor:
     shape = dout.shape[1:]
     return segment_sum(dout.reshape(len(index), shape.numel()), index, size).view(size, *shape)
 
 
-@_backward.register_fake
-def _(dout, index, size):
+def _fake_backward(dout, index, size):
     return dout.new_empty(size, *dout.shape[1:])
 
 
@@ -88,7 +85,8 @@ def _gradient(ctx, dout):
     return dx, None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_backward = Op("gather_rows_bwd", _run_backward, _fake_backward)
+_forward = Op("gather_rows_fwd", _run_forward, _fake_forward, save=_save, gradient=_gradient)
 
 
 def pack(x, mask, *, num_tokens=None, backend="auto"):

@@ -13,7 +13,7 @@ keys and order, and two float32 rows a chunk at most.
 import torch
 
 from ._triton import tl, triton
-from .launch import FP_FUSION, AotCase, aot_arguments
+from .launch import FP_FUSION, AotCase, aot_arguments, ceil_div
 
 ROWS = 64  # of a chunk: all in flight at once, and few enough that as many runs cost little arithmetic
 STEP = 32  # chunks that the second kernel adds at a time
@@ -97,8 +97,8 @@ def segment_sum(x, keys, size, dtype=None):
     if num_rows == 0 or out.numel() == 0:
         return out
     keys, order = torch.sort(keys.contiguous(), stable=True)
-    block_n, chunks = _block_n(cols), triton.cdiv(num_rows, ROWS)
-    blocks = triton.cdiv(cols, block_n)
+    block_n, chunks = _block_n(cols), ceil_div(num_rows, ROWS)
+    blocks = ceil_div(cols, block_n)
     partial = x.new_empty(chunks, 2, cols, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _segment_sum_kernel[(chunks * blocks,)](

@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from harness import SEED, values_and_gradients
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -217,6 +219,49 @@ def test_the_same_call_gives_the_same_bits_every_time(call):
     first = call.run()
     for _ in range(249 if DEVICE == "cuda" else 19):  # the interpreter runs programs one after another
         assert_equal(call.run(), first)
+
+
+def first(outs):
+    return outs[0] if isinstance(outs, tuple) else outs
+
+
+def second_order(op, x):
+    """The gradient of a sum of a gradient."""
+    x = x.clone().requires_grad_()
+    dx = torch.autograd.grad(op(x).square().sum(), x, create_graph=True)[0]
+    return torch.autograd.grad(dx.square().sum(), x)[0]
+
+
+TRANSFORMS = {
+    "jvp": lambda op, x: torch.func.jvp(op, (x,), (torch.ones_like(x),))[1],
+    "forward AD": lambda op, x: forward_ad.unpack_dual(op(forward_ad.make_dual(x, torch.ones_like(x)))).tangent,
+    "grad": lambda op, x: torch.func.grad(lambda x: op(x).sum())(x),
+    "vmap": lambda op, x: torch.func.vmap(torch.func.grad(lambda x: op(x).sum()))(torch.stack([x, x])),
+    "second order": second_order,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_that_a_kernel_cannot_follow_is_refused_with_a_remedy(call, transform):
+    tensors = call.tensors()
+    name = next(iter(call.shapes))
+
+    def run(backend):
+        def op(x):
+            return first(call.op(**tensors | {name: x}, **call.options, backend=backend))
+
+        with forward_ad.dual_level() if transform == "forward AD" else nullcontext():
+            return TRANSFORMS[transform](op, tensors[name])
+
+    if transform == "second order" and call.op in (kernels.pack, kernels.unpack):
+        # a gradient that is the op itself
+        return assert_equal({"x": run("triton")}, {"x": run("reference")})
+    with pytest.raises(NotImplementedError, match="use backend='reference'"):
+        run("triton")
+    if call.op is kernels.linear_cross_entropy:  # which runs an op of its own on a CPU, too
+        with pytest.raises(NotImplementedError, match="use backend='reference'"):
+            run("auto")
+        assert run("reference").isfinite().all() and run("reference").any()
 
 
 def test_an_op_that_is_switched_off_runs_its_reference(call):

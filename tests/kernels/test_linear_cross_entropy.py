@@ -434,6 +434,29 @@ def test_an_argument_that_does_not_fit_is_named(change, message):
         linear_cross_entropy(**arguments | change)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_forward_mode_derivatives_are_right_or_refused(backend, device):
+    tensors = inputs(device)
+    hidden, tangent = (
+        tensors.pop("hidden").double(),
+        torch.randn(13, tensors["weight"].shape[1], device=device).double(),
+    )
+    tensors = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+    def loss(hidden):
+        return linear_cross_entropy(hidden, **tensors, backend=backend)[0]
+
+    if backend == "auto":
+        with pytest.raises(
+            NotImplementedError, match="linear_cross_entropy_fwd has no forward-mode derivative: use back"
+        ):
+            torch.func.jvp(loss, (hidden,), (tangent,))
+    else:
+        _, found = torch.func.jvp(loss, (hidden,), (tangent,))
+        steps = [loss(hidden + sign * 1e-5 * tangent) for sign in (1, -1)]
+        torch.testing.assert_close(found, (steps[0] - steps[1]) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
 def test_another_ignore_index_is_heeded(device):
     tensors = inputs(device) | {"labels": torch.tensor([0, 3] * 6 + [7], device=device)}
     for way in (*WAYS, "reference"):
