@@ -25,6 +25,7 @@ from minibert import BertForPreTraining, BertModel
 from minibert.config import PRESETS, BertConfig
 from minibert.files import write_atomically
 from minibert_kernels.dispatch import BACKENDS
+from minibert_kernels.xray import load_rows
 
 from . import cases, data, finetuning, gpu, inference, kernels, lengths, measure, peers, report, scaling, training
 
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         if path and not path.is_file():
             fail(f"{path}: no such file")
     if args.html:
-        report.write_html(record, args.html, json.loads(args.xray.read_text()) if args.xray else ())
+        report.write_html(record, args.html, load_rows(args.xray) if args.xray else ())
     if args.csv:
         report.write_csv(record, args.csv)
     if args.readme:

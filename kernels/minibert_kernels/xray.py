@@ -11,28 +11,18 @@ What was compiled and counted is kept in $MINIBERT_XRAY_CACHE, by default minibe
 
 import argparse
 import dataclasses
-import hashlib
-import io
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
-import tempfile
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
-from . import embedding, gelu, lamb, layer_norm, masking, packing, segment
-from ._triton import AVAILABLE, triton
-from .attention import aot_cases as attention_cases
+from . import xray_cache
+from ._triton import AVAILABLE, compiler_versions
 from .dispatch import interpreting
-from .launch import FP_FUSION, AotCase
-from .linear_cross_entropy import aot_cases as cross_entropy_cases
+from .launch import AotCase
 from .roofline import (
     GPUS,
     LAUNCH,
@@ -47,19 +37,13 @@ from .roofline import (
     step_rows,
     step_text,
 )
+from .xray_compile import all_facts, cases, code, facts, options_of
+from .xray_limits import LIMITS, check_pattern, faults, load_json, load_limits
 from .xray_text import KEY, diff, markdown, table
 
 ARCHITECTURES = (80, 90, 100, 120)
-MODULES = (gelu, layer_norm, embedding, segment, packing, masking, lamb)
-CASES = (attention_cases, cross_entropy_cases, *(module.aot_cases for module in MODULES))
-# the mnemonic with which each architecture multiplies matrices at full speed
-MATRIX_KIND = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-LIMITS = Path(__file__).with_name("xray_limits.json")
-CHUNK = 12  # kernels that a process compiles at once: the disassembler takes 0.2 s to start
-# what is kept of a kernel, and of a count
-FACTS = (
-    "registers", "spilled_bytes", "stack", "shared_bytes", "tensor_columns", "mma", "wide_share",
-)  # fmt: skip
+INSTRUMENTS = ("launches", "matrix", "roofline", "sass")  # and xray's own: files that no kernel depends on
+# what is kept of a count
 COUNTED = (
     "op", "label", "forward", "forward_over_minimum", "backward", "backward_over_minimum", "saved",
 )  # fmt: skip
@@ -76,6 +60,8 @@ class Row:
         occupancy: resident warps over the most there can be. limiter: what keeps them from being more.
         mma: matrix instructions in the code, by kind.
         wide_share: of the instructions that read or write global memory, those of 16 bytes or more a thread.
+        serialized: whether ptxas had each matrix instruction wait for the one before (its message C7515).
+        code, loops: the `sass.cost` of all instructions, each run once, and of a trip through each innermost loop.
         bytes_over_minimum: of the op and direction, all kernels together, as `traffic` counts them; None where it does
             not.
         bytes_per_unit, flops_per_unit, intensity: what a `unit` (a token, a labelled row, a parameter) costs, by
@@ -99,6 +85,9 @@ class Row:
     matmul: bool
     mma: dict = field(default_factory=dict)
     wide_share: float | None = None
+    serialized: bool = False
+    code: dict = field(default_factory=dict)
+    loops: list = field(default_factory=list)
     bytes_over_minimum: float | None = None
     unit: str | None = None
     bytes_per_unit: float | None = None
@@ -113,111 +102,17 @@ class Row:
         return f"{self.op} {self.direction} {self.plan} sm_{self.arch}"
 
 
-@cache
-def _every_case(capability):
-    return [case for found in CASES for case in found(capability)]
-
-
-def cases(capability: int, only: str = "") -> list[AotCase]:
-    """The kernels of an architecture's default launch plans whose "op direction plan" the pattern matches."""
-    return [c for c in _every_case(capability) if re.search(only, f"{c.op} {c.direction} {c.label}")]
-
-
-def _source(case):
-    from triton.compiler import ASTSource
-
-    return ASTSource(case.fn, case.signature, case.constexprs, case.attrs)
-
-
-def _options(case):
-    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FP_FUSION}
-
-
-def _compile(case, capability, options):
-    """The compiled kernel, and what the assembler said.
+def compile_case(case: AotCase, capability: int, **options) -> Row:
+    """Compile one case for sm_`capability` and read what came out; options override those of the launch.
 
     Raises:
-        RuntimeError: it does not compile; the compiler's own errors do not all cross a process border.
+        RuntimeError: it does not compile.
     """
-    from triton.backends.compiler import GPUTarget
-
-    with (
-        triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), triton.knobs.cache.scope(),
-        tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as log,
-    ):  # fmt: skip
-        # Triton's cache does not keep the assembler's report
-        triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
-        triton.knobs.cache.dir = folder
-        try:
-            compiled = triton.compile(_source(case), target=GPUTarget("cuda", capability, 32), options=options)
-        except Exception as error:
-            name = f"{case.op} {case.direction} {case.label} sm_{capability}"
-            raise RuntimeError(f"{name} does not compile: {type(error).__name__}: {error}") from error
-    return compiled, log.getvalue()
-
-
-def _disassemble(content, *options):
-    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(content)
-        file.flush()
-        command = [disassembler, *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def instructions(cubins: list[bytes], capability: int) -> list[str]:
-    """The instructions of kernels of one architecture, by one call of the disassembler."""
-    codes = [_code(cubin) for cubin in cubins]
-    text = _disassemble(b"".join(codes), "-ndf", "-b", f"SM{capability}{'a' if capability >= 90 else ''}")
-    found, number, end = [[] for _ in cubins], 0, len(codes[0])
-    for line in text.splitlines():
-        place = re.match(r"\s*/\*([0-9a-f]{4,})\*/", line)
-        while place and int(place[1], 16) >= end:
-            number += 1
-            end += len(codes[number])
-        found[number].append(line)
-    return ["\n".join(lines) for lines in found]
-
-
-def _code(cubin):
-    """The bytes of the sections .text.* of an ELF file."""
-    [table] = struct.unpack_from("<Q", cubin, 40)
-    size, count, names = struct.unpack_from("<HHH", cubin, 58)
-    # name, type, flags, address, offset, size
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    texts = [header for header in headers if cubin.startswith(b".text.", headers[names][4] + header[0])]
-    return b"".join(cubin[header[4] : header[4] + header[5]] for header in texts)
-
-
-def _facts(cases, capability, options):
-    """What rows say that takes a compiler to know; options of each case."""
-    compiled = [_compile(case, capability, own) for case, own in zip(cases, options, strict=True)]
-    codes = instructions([kernel.asm["cubin"] for kernel, _ in compiled], capability)
-    return [_facts_of(kernel, log, code) for (kernel, log), code in zip(compiled, codes, strict=True)]
-
-
-def _facts_of(compiled, log, code):
-    sizes = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spilled_bytes": int(sizes[2]) + int(sizes[3]), "stack": int(sizes[1]),
-        "shared_bytes": compiled.metadata.shared, "tensor_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
-        "mma": dict(sorted(Counter(re.findall(r"\b([HIQOD]G?MMA|UTC\w*MMA)\b", code)).items())),
-        "wide_share": wide_share(code),
-    }  # fmt: skip
-
-
-def wide_share(code: str) -> float | None:
-    """Of the instructions of machine code that move global memory, the share that moves 16 bytes or more a thread."""
-    found = re.findall(r"\b(LDG|STG|LDGSTS|UBLKCP|UTMALDG|UTMASTG)\b([.\w]*)", code)
-    wide = [name.startswith("U") or bool(re.search(r"\.(128|256)\b", width)) for name, width in found]
-    return round(sum(wide) / len(wide), 3) if wide else None
-
-
-def compile_case(case: AotCase, capability: int, **options) -> Row:
-    """Compile one case for sm_`capability` and read what came out; options override those of the launch."""
-    options = _options(case) | options
-    return _row(case, capability, options, _facts([case], capability, [options])[0])
+    options = options_of(case) | options
+    [found] = facts([case], capability, [options])
+    if "error" in found:
+        raise RuntimeError(found["error"])
+    return _row(case, capability, options, found)
 
 
 def _row(case, capability, options, facts):
@@ -236,76 +131,17 @@ def _row(case, capability, options, facts):
     )  # fmt: skip
 
 
-def compile_all(architectures=ARCHITECTURES, only: str = "", processes: int = 2) -> list[Row]:
+def compile_all(architectures=ARCHITECTURES, only: str = "", processes: int = 2, failed=None) -> list[Row]:
     """A row for every case of every architecture, in order; only what is not in the cache is compiled.
 
-    Plans that come to the same code, as rows of 768 and of 1,024 columns do, are compiled once.
+    Args:
+        failed: called with what is to be said of a kernel that does not compile, which then has no row.
+    Raises:
+        RuntimeError: a kernel does not compile, and there is no `failed`.
     """
-    work = [(arch, index, case) for arch in architectures for index, case in enumerate(cases(arch, only))]
-    paths = [_cache_path(case, arch) for arch, _, case in work]
-    facts = {path: _read(path, FACTS) for path in paths}
-    jobs = []
-    for arch in architectures:
-        places = {path: i for (a, i, _), path in zip(work, paths, strict=True) if a == arch and facts[path] is None}
-        # every so many-th: neighbours are alike, and so the jobs last about as long as each other
-        count = -(-len(places) // CHUNK)
-        jobs += [(arch, only, list(places.items())[first::count]) for first in range(count)]
-    if jobs:
-        with ProcessPoolExecutor(min(processes, len(jobs))) as pool:
-            for found in pool.map(_compile_numbered, jobs):
-                facts |= found
-    return [_row(case, arch, _options(case), facts[path]) for (arch, _, case), path in zip(work, paths, strict=True)]
-
-
-def _compile_numbered(job):
-    # a kernel does not cross a process border, its number does
-    arch, only, places = job
-    chosen = [cases(arch, only)[index] for _, index in places]
-    facts = _facts(chosen, arch, [_options(case) for case in chosen])
-    found = {path: one for (path, _), one in zip(places, facts, strict=True)}
-    for path, one in found.items():
-        _write(path, one)
-    return found
-
-
-def _cache_folder() -> Path:
-    own, shared = os.environ.get("MINIBERT_XRAY_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "minibert" / "xray"
-
-
-def _cache_path(case, capability):
-    parts = (_source(case).hash(), sorted(_options(case).items()), capability, triton.__version__, _own_text())
-    return _cache_folder() / f"{_digest(parts)}.json"
-
-
-@cache
-def _own_text():
-    return Path(__file__).read_text(encoding="utf-8")
-
-
-def _digest(parts):
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _read(path, names):
-    """What was kept, if it has just these names; what was damaged is as good as missing."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        every = found if isinstance(found, list) else [found]
-        return found if every and all(set(one) == set(names) for one in every) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _write(path, value):
-    """Keep a value, whole or not at all; a cache that cannot be written is none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own = path.with_suffix(f".{os.getpid()}")
-        own.write_text(json.dumps(value), encoding="utf-8")
-        own.replace(path)
-    except OSError:
-        pass
+    work = [(arch, case) for arch in architectures for case in cases(arch, only)]
+    found = zip(work, all_facts(work, processes, failed), strict=True)
+    return [_row(case, arch, options_of(case), facts) for (arch, case), facts in found if facts]
 
 
 class Counting:
@@ -315,10 +151,14 @@ class Counting:
     """
 
     def __init__(self, ops):
-        sources = [p for p in sorted(LIMITS.parent.glob("*.py")) if p.stem not in ("xray", "xray_text", "roofline")]
-        key = _digest((triton.__version__, [(path.name, path.read_text(encoding="utf-8")) for path in sources]))
-        self.paths = {op: _cache_folder() / f"traffic-{op}-{key}.json" for op in ops}
-        self.found = {op: _read(path, COUNTED) for op, path in self.paths.items()}
+        sources = [
+            path for path in sorted(LIMITS.parent.glob("*.py"))
+            if path.stem not in INSTRUMENTS and not path.stem.startswith("xray")
+        ]  # fmt: skip
+        texts = [(path.name, path.read_text(encoding="utf-8")) for path in sources]
+        key = xray_cache.digest((compiler_versions()["triton"], texts))
+        self.paths = {op: xray_cache.folder() / f"traffic-{op}-{key}.json" for op in ops}
+        self.found = {op: xray_cache.read(path, COUNTED) for op, path in self.paths.items()}
         self.missing = [op for op, found in self.found.items() if found is None]
         pattern = rf"^({'|'.join(self.missing)}) "
         command = [sys.executable, "-m", "minibert_kernels.traffic", "--json", "--only", pattern]
@@ -334,7 +174,7 @@ class Counting:
             counts = json.loads(out)
             for op in self.missing:
                 self.found[op] = [count for count in counts if count["op"] == op]
-                _write(self.paths[op], self.found[op])
+                xray_cache.write(self.paths[op], self.found[op])
         return [count for found in self.found.values() for count in found]
 
     def stop(self) -> None:
@@ -387,92 +227,17 @@ def with_time(row: Row, gpu: str | None = None, matrix_share: float = MATRIX_SHA
     return dataclasses.replace(row, **found)
 
 
-def load_limits(path: str | Path = LIMITS) -> dict:
-    """The limits and their exceptions.
-
-    Raises:
-        ValueError: a limit is unknown, or an exception does not say match, limit, value and reason.
-    """
-    limits = _load(path)
-    known = {"spilled_bytes", "missing_matrix_instructions", "bytes_over_minimum"}
-    whole = isinstance(limits, dict) and set(limits) == {"limits", "exceptions"}
-    if not whole or not isinstance(limits["limits"], dict) or set(limits["limits"]) != known:
-        raise ValueError(f"{path}: expected limits ({', '.join(sorted(known))}) and exceptions")
-    for exception in limits["exceptions"]:
-        names = set(exception) if isinstance(exception, dict) else set()
-        if names != {"match", "limit", "value", "reason"} or exception["limit"] not in known:
-            raise ValueError(f"{path}: {exception} is not match, limit (one of the limits), value and reason")
-        _check_pattern(exception["match"], f"{path}: match=")
-    for value in (*limits["limits"].values(), *(exception["value"] for exception in limits["exceptions"])):
-        if not isinstance(value, int | float):
-            raise ValueError(f"{path}: a limit or value of {value!r} is no number")
-    return limits
-
-
 def load_rows(path: str | Path) -> list[dict]:
-    """The rows of a --json, with or without --step.
+    """The rows of a --json, which is an object with `rows`, or was a list of them.
 
     Raises:
         ValueError: the file holds something else.
     """
-    found = _load(path)
+    found = load_json(path)
     rows = found.get("rows") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEY) <= set(row) for row in rows):
         raise ValueError(f"{path} is no output of --json: expected a list of rows with {', '.join(KEY)}")
     return rows
-
-
-def _load(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-
-
-def faults(rows: list[Row], counts: list[dict], limits: dict, whole: bool = False) -> list[str]:
-    """A sentence for each limit that is broken; of the whole table also for each exception that nothing needs."""
-    found, needed = [], set()
-    for name, limit, value, text in _measured(rows, counts):
-        most = limits["limits"][limit]
-        if value <= most:
-            continue
-        for number, exception in enumerate(limits["exceptions"]):
-            if exception["limit"] == limit and re.fullmatch(exception["match"], name):
-                needed.add(number)
-                most = max(most, exception["value"])
-        if value > most:
-            found.append(f"{name} {text} (limit: {limit} of {most:g})")
-    if whole:
-        for number, exception in enumerate(limits["exceptions"]):
-            if number not in needed:
-                found.append(f"the exception {exception['match']!r} of {exception['limit']} is no longer needed")
-    return found
-
-
-def _measured(rows, counts):
-    """(name, limit, value, what is said of it) of all that has a limit."""
-    for row in rows:
-        yield row.name, "spilled_bytes", row.spilled_bytes, f"spills {row.spilled_bytes} bytes"
-        if row.matmul:
-            kind = MATRIX_KIND[row.arch]
-            yield row.name, "missing_matrix_instructions", int(kind not in row.mma), f"has no {kind} instruction"
-    for count in counts:
-        for direction, key in (("fwd", "forward_over_minimum"), ("bwd", "backward_over_minimum")):
-            name = f"{count['op']} {direction} {count['label']}".strip()
-            yield name, "bytes_over_minimum", count[key], f"moves {count[key]:.3f} times its least bytes"
-
-
-def code(pattern: str, architectures, kind: str) -> str:
-    """The "ptx" or "sass" of the cases whose "op direction plan" the pattern matches."""
-    texts = []
-    for arch in architectures:
-        for case in cases(arch, pattern):
-            compiled, _ = _compile(case, arch, _options(case))
-            text = compiled.asm["ptx"] if kind == "ptx" else _disassemble(compiled.asm["cubin"], "-c")
-            texts.append(f"// {case.op} {case.direction} {case.label} sm_{arch}\n{text.strip()}\n")
-    if not texts:
-        raise ValueError(f"{kind}={pattern!r} matches no kernel")
-    return "\n".join(texts)
 
 
 def run(
@@ -508,7 +273,8 @@ def run(
     gpus = (gpu,) if gpu else [name for name, known in GPUS.items() if known.arch in arch]
     steps = step_rows(models, lengths or LENGTHS, gpus, tokens, matrix_share)
     if as_json:
-        print(json.dumps({"rows": found, "step": steps} if steps else found))
+        versions = {"versions": compiler_versions()}
+        print(json.dumps(versions | {"rows": found} | ({"step": steps} if steps else {})))
     elif diff_with:
         kept = [r for r in old if r["arch"] in arch and re.search(only, f"{r['op']} {r['direction']} {r['plan']}")]
         print(diff(kept, found))
@@ -544,15 +310,8 @@ def _check(only, arch, gpu, step, patterns, lengths, tokens, matrix_share, proce
     if all(pattern is not None for pattern in patterns):
         raise ValueError("ptx and sass exclude each other: one of them is printed")
     for pattern in (only, *patterns):
-        _check_pattern(pattern or "")
+        check_pattern(pattern or "")
     return arch
-
-
-def _check_pattern(pattern, where=""):
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"{where}{pattern!r} is no regular expression: {error}") from None
 
 
 def main() -> int:
@@ -570,7 +329,7 @@ def main() -> int:
     parser.add_argument("--limits", metavar="FILE", help="instead of xray_limits.json")
     parser.add_argument("--processes", type=int, help="compile with this many, by default one a core")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", dest="as_json", help="one list of rows")
+    output.add_argument("--json", action="store_true", dest="as_json", help="one object: versions, rows and steps")
     output.add_argument("--markdown", action="store_true", dest="as_markdown", help="the tables of kernels/README.md")
     output.add_argument("--diff", metavar="OLD.json", dest="diff_with", help="say what changed since this --json")
     try:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import minibert_kernels
 
+from ._triton import compiler_versions
 from .roofline import HEADS, LENGTH, TOKENS
 
 KEY = ("op", "direction", "plan", "kernel", "arch")  # which row of an old table is which of a new one
 DIFFED = (
     "num_warps", "num_stages", "registers", "spilled_bytes", "stack", "shared_bytes", "occupancy", "limiter",
-    "wide_share", "mma", "bytes_over_minimum",
+    "wide_share", "mma", "serialized", "bytes_over_minimum",
 )  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def table(rows: list) -> str:
     if gpus := dict.fromkeys(f"{row.gpu} (sm_{row.arch})" for row in rows if row.gpu):
         batch = f"{TOKENS} tokens, {HEADS} heads, sequences of {LENGTH}, or BERT-base's parameters"
         text += ["", f"us: {batch}, on {', '.join(gpus)}"]
+        text += ["compiled by " + ", ".join(f"{name} {version}" for name, version in compiler_versions().items())]
     return "\n".join(text)
 
 
@@ -79,7 +81,8 @@ def markdown(rows: list, counts: list[dict]) -> str:
 
 
 def _matrix_text(row) -> str:
-    return " ".join(f"{n} {kind}" for kind, n in row.mma.items()) or "-"
+    text = " ".join(f"{n} {kind}" for kind, n in row.mma.items()) or "-"
+    return f"{text} serialized" if row.serialized else text
 
 
 def diff(old: list[dict], new: list[dict]) -> str:
@@ -101,5 +104,5 @@ def diff(old: list[dict], new: list[dict]) -> str:
 def _change(key, before, after):
     if isinstance(before, dict) or isinstance(after, dict):
         before, after = (" ".join(f"{n} {kind}" for kind, n in (x or {}).items()) or "none" for x in (before, after))
-    numbers = all(isinstance(x, int | float) for x in (before, after))
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in (before, after))
     return f"{key} {before} → {after}" + (f" ({after - before:+.4g})" if numbers else "")

@@ -18,7 +18,7 @@ def xray(
     limits: Annotated[str | None, "a file to take the place of xray_limits.json"] = None,
     processes: Annotated[int | None, "compile with this many, by default one a core"] = None,
     markdown: Annotated[bool, "print the tables of kernels/README.md"] = False,
-    json: Annotated[bool, "print one list of rows"] = False,
+    json: Annotated[bool, "print one object: versions, rows and steps"] = False,
 ) -> int:
     """What the compiler makes of each kernel, and what it must cost, without a GPU; 1 where a limit is broken.
 

@@ -1,4 +1,4 @@
-"""Kernels with faults that `xray` must find: `python planted.py spill|matrix|twice` prints what it says of one."""
+"""Kernels with faults that `xray` must find: `python planted.py spill` (or another) prints what it says of one."""
 
 import dataclasses
 import json
@@ -32,6 +32,18 @@ def _product_kernel(x_ptr, y_ptr, out_ptr, UNITS: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+def _sum_kernel(x_ptr, y_ptr, out_ptr, n, CALL: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    out = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in range(n):
+        x, y = tl.load(x_ptr + i * BLOCK + place), tl.load(y_ptr + i * BLOCK + place)
+        out = tl.dot(x, y, out)
+        if CALL:
+            tl.device_print("step", i)
+    tl.store(out_ptr + place, out)
+
+
+@triton.jit
 def _double_kernel(x_ptr, out_ptr, TWICE: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + place)
@@ -39,10 +51,10 @@ def _double_kernel(x_ptr, out_ptr, TWICE: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out_ptr + place, x + y)
 
 
-def compiled(fn, label, num_warps, matmul=False, **values):
+def compiled(fn, label, num_warps, matmul=False, num_stages=1, **values):
     case = AotCase(
         op="planted", direction="fwd", label=label, fn=fn, **aot_arguments(fn, **values), num_warps=num_warps,
-        num_stages=1, matmul=matmul,
+        num_stages=num_stages, matmul=matmul,
     )  # fmt: skip
     return xray.compile_case(case, 90)
 
@@ -58,6 +70,13 @@ def matrix():
     values = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*fp32"}
     by_elements = compiled(_product_kernel, "elements", 4, True, UNITS=False, BLOCK=16, **values)
     return [by_elements, compiled(_product_kernel, "units", 4, True, UNITS=True, BLOCK=64, **values)], []
+
+
+def serialized():
+    """Products in a loop that calls a function, which none of them may be under way at, and without it."""
+    values = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*fp32", "n": 7, "BLOCK": 64}
+    plans = (("call", True), ("no call", False))
+    return [compiled(_sum_kernel, label, 4, True, 2, CALL=call, **values) for label, call in plans], []
 
 
 def twice():
@@ -80,5 +99,5 @@ def twice():
 
 
 if __name__ == "__main__":
-    found_rows, found_counts = {"spill": spill, "matrix": matrix, "twice": twice}[sys.argv[1]]()
+    found_rows, found_counts = globals()[sys.argv[1]]()
     print(json.dumps(xray.faults(found_rows, found_counts, xray.load_limits())))

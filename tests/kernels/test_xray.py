@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minibert_kernels import _triton, roofline, xray
+from minibert_kernels import _triton, roofline, sass, xray
 
 pytestmark = pytest.mark.skipif(not _triton.AVAILABLE, reason="needs triton")
 KERNELS = Path(xray.__file__).parents[1]
@@ -18,9 +18,12 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 KEYS = "op direction arch plan registers spilled_bytes stack shared_bytes occupancy limiter mma bytes_over_minimum"
 GPU = {80: "a100", 90: "h200", 100: "b200", 120: "rtx5090"}
 LIMITS = {
-    "limits": {"spilled_bytes": 0, "missing_matrix_instructions": 0, "bytes_over_minimum": 1.05},
+    "limits": {
+        "spilled_bytes": 0, "serialized_matrix_instructions": 0, "missing_matrix_instructions": 0,
+        "bytes_over_minimum": 1.05,
+    },
     "exceptions": [],
-}
+}  # fmt: skip
 
 
 def python(*arguments, tmp_path, **environment):
@@ -35,9 +38,13 @@ def python(*arguments, tmp_path, **environment):
 def compile_plans(tmp_path, *options):
     done = python("-m", "minibert_kernels.xray", "--json", *options, tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    rows = found["rows"]
+    assert set(found["versions"]) == {"triton", "ptxas", "ptxas-blackwell"}
     for row in rows:
-        assert row["spilled_bytes"] == 0 and row["registers"] > 0 and 0 < row["occupancy"] <= 1, row
+        assert (
+            row["spilled_bytes"] == 0 and not row["serialized"] and row["registers"] > 0 and 0 < row["occupancy"] <= 1
+        ), row
         assert set(row["mma"]) == ({MATRIX[row["arch"]]} if row["op"] == "attention" else set()), row
         assert row["gpu"] == GPU[row["arch"]] and (row["predicted_us"] is None) == ("crossing" in row["plan"]), row
     return rows
@@ -64,6 +71,8 @@ def test_every_default_plan_compiles_for_four_architectures_within_the_limits(tm
 PLANTED = {
     "spill": r"planted fwd one warp sm_90 spills \d{3,} bytes \(limit: spilled_bytes of 0\)",
     "matrix": r"planted fwd elements sm_90 has no HGMMA instruction \(limit: missing_matrix_instructions of 0\)",
+    "serialized": r"planted fwd call sm_90 has serialized matrix instructions "
+    r"\(limit: serialized_matrix_instructions of 0\)",
     "twice": r"planted fwd twice moves 1\.500 times its least bytes \(limit: bytes_over_minimum of 1\.05\)",
 }
 
@@ -79,13 +88,13 @@ def test_a_planted_fault_is_named_and_its_sound_twin_is_not(fault, tmp_path):
 
 def test_rows_come_from_the_cache_the_same_and_neither_damage_nor_an_unwritable_one_breaks_anything(tmp_path):
     code = """
-from minibert_kernels import xray
+from minibert_kernels import xray, xray_compile
 def rows(): return xray.compile_all((80, 120), "pack fwd (1|768|1024) columns", 2)
 first = rows()
 def refuse(*_): raise AssertionError("compiled again")
-compiler, xray._compile_numbered = xray._compile_numbered, refuse
+compiler, xray_compile._compile_job = xray_compile._compile_job, refuse
 assert len(first) == 6 and rows() == first
-xray._compile_numbered = compiler
+xray_compile._compile_job = compiler
 import os, pathlib
 entries = sorted(pathlib.Path(os.environ["MINIBERT_XRAY_CACHE"]).glob("*.json"))
 assert len(entries) == 4, "768 and 1,024 columns come to the same code"
@@ -115,9 +124,10 @@ def test_a_broken_limit_is_named_and_the_exit_code_says_so(tmp_path):
     done = python("-m", "minibert_kernels.xray", *options, tmp_path=tmp_path)
     assert done.returncode == 1
     assert "lamb_step fwd fp32 moves 1.429 times its least bytes (limit: bytes_over_minimum of 0.5)" in done.stderr
-    header, line, _, foot = done.stdout.splitlines()
+    header, line, _, foot, versions = done.stdout.splitlines()
     assert line.startswith("lamb_step fwd fp32 update  90 ") and line.endswith(" memory")
     assert "on h200 (sm_90)" in foot
+    assert re.fullmatch(r"compiled by triton [\d.]+, ptxas \d+\.[\d.]+, ptxas-blackwell \d+\.[\d.]+", versions)
 
 
 def test_a_wrong_option_is_one_line_and_two(tmp_path):
@@ -199,8 +209,25 @@ def row(**changes):
 def test_wide_accesses_are_counted_in_the_code():
     lines = ["LDG.E.128 R4, [R2]", "@P0 LDG.E R4, [R2]", "LDGSTS.E.BYPASS.128 [R4], [R2]", "STG.E.U16 [R2], R4",
              "LDGDEPBAR", "UTMALDG.2D [UR8], [UR6]", "LDS.128 R4, [R2]"]  # fmt: skip
-    assert xray.wide_share("\n".join(lines)) == 0.6
-    assert xray.wide_share("EXIT") is None
+    assert sass.wide_share("\n".join(lines)) == 0.6
+    assert sass.wide_share("EXIT") is None
+
+
+def test_a_loop_s_cost_is_that_of_the_innermost_between_a_branch_and_where_it_leads():
+    body = [
+        "LDG.E.128 R4, [R2]",
+        "@P0 STG.E.U16 [R2], R4",
+        "MUFU.EX2 R4, R4",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4]",
+    ]
+    body += ["FADD R1, R1, R2"] * 12 + ["@P0 BRA 0x20", "NOP"]
+    lines = ["LDG.E R4, [R2]", "S2R R0, SR_TID.X", *body, "SYNCS.PHASECHK.TRYWAIT P0, [R1]", "@!P0 BRA 0x140",
+             "@P1 BRA.U 0x10", "STG.E [R2], R4", "EXIT", "BRA 0x190"]  # fmt: skip
+    code = "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines))
+    flops = 2 * 64 * 64 * 16 // 4
+    assert sass.loops(code) == [{"instructions": 17, "mufu": 1, "flops": flops, "bytes": 16 + 2}]
+    assert sass.cost(code.splitlines())["bytes"] == 16 + 2 + 4 + 4
+    assert sass.cost(["/*0000*/ HMMA.16816.F32.BF16 R4, R4, R5, R6 ;"])["flops"] == 2 * 16 * 8 * 16
 
 
 def test_the_bytes_of_a_row_are_those_of_a_call_that_reads_and_writes_the_same():
@@ -262,10 +289,10 @@ def test_the_limits_have_reasons_and_a_bad_file_is_refused(tmp_path):
 
 def test_a_difference_says_what_changed_what_is_new_and_what_is_gone():
     old = [dataclasses.asdict(r) for r in (row(), row(plan="d=80"), row(plan="d=128"))]
-    new = [row(registers=176, occupancy=0.125, mma={}), row(plan="d=96"), row(plan="d=128")]
+    new = [row(registers=176, occupancy=0.125, mma={}, serialized=True), row(plan="d=96"), row(plan="d=128")]
     assert xray.diff(old, [dataclasses.asdict(r) for r in new]).splitlines() == [
         "changed  attention fwd d=64 sm_90: registers 168 → 176 (+8), occupancy 0.25 → 0.125 (-0.125), "
-        "mma 8 HGMMA → none",
+        "mma 8 HGMMA → none, serialized False → True",
         "new      attention fwd d=96 sm_90",
         "gone     attention fwd d=80 sm_90",
     ]
