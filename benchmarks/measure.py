@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from minibert.profile.measure import allocations_of
+from minibert_kernels._triton import compiler_versions
 
 from .gate import Refused
 
@@ -310,6 +311,7 @@ def machine() -> dict:
     for name in packages:
         with suppress(metadata.PackageNotFoundError):
             record["versions"][name] = metadata.version(name)
+    record["versions"] |= compiler_versions()
     if torch.cuda.is_available():
         fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
         values = _output("nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader").split(", ")

@@ -110,6 +110,7 @@ def info(
     Example: minibert info --json
     """
     import minibert_kernels
+    from minibert_kernels._triton import compiler_versions
     from minibert_kernels.dispatch import explain
 
     device = resolve_device(device)
@@ -117,6 +118,7 @@ def info(
         "minibert": __version__,
         "python": platform.python_version(),
         **{name: version_of(name) for name in ("torch", "triton", "transformers")},
+        **compiler_versions(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
         "ops": {op: explain(op, device) for op in minibert_kernels.__all__},
