@@ -2,7 +2,7 @@
 
 A round runs every provider of a case once, in a new order, so that what the machine does meanwhile hits all alike. A
 ratio is taken within a round, then its median over the rounds. A clock turns a call into a `Timer`: `wall` counts what
-a user waits for, `on_device` what a GPU works, its cache emptied before each call.
+a user waits for, `on_device` what a GPU works, its cache filled with other data before each call.
 """
 
 import gc
@@ -10,6 +10,7 @@ import os
 import platform
 import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minibert.profile.measure import allocations_of
@@ -30,8 +32,11 @@ from minibert_kernels._triton import compiler_versions
 from .gate import Refused
 
 TOLERANCE = 1.05  # a probe is not the very best the machine can do: what is above it by more is refused
-FLUSH = 256 << 20  # bytes that are written between two calls: more than any L2
-DEVICE_CALLS = 10  # that one sample of `on_device` is the median of
+FLUSH = 256 << 20  # bytes that are read between two calls: more than any L2
+DEVICE_CALLS = 10  # that one sample of `on_device` is made of
+PAIRS = 3  # graphs with the calls, and without, that one sample is the median of
+CLOCK_TICK = 1e-4  # seconds by which the two clocks may differ, read one after the other
+LOST = 1.05  # a sample whose wall clock is this many times its CPU time waited for a core, or for a disk
 SHORT = 0.5  # seconds
 ENERGY_SECONDS = 0.5  # the counter of energy moves every 20 to 100 ms
 
@@ -47,11 +52,23 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Seconds of one call; where they are the wall clock's, also what the process used of the CPU meanwhile.
+
+    cpu_seconds: of all its threads. switches: how often the kernel took a core away from it.
+    """
+
+    seconds: float
+    cpu_seconds: float | None = None
+    switches: int | None = None
+
+
+@dataclass(frozen=True)
 class Timer:
-    """how: what is timed. sample: seconds of one call."""
+    """how: what is timed. sample: times one call."""
 
     how: str
-    sample: Callable[[], float]
+    sample: Callable[[], Sample]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +82,7 @@ class Case:
             ImportError where a package is missing.
         baseline: the provider whose seconds the ratios have on top.
         clock: makes a `Timer` of a call; by default `wall`.
+        elsewhere: other processes do the work, whose CPU time is not this one's.
     """
 
     suite: str
@@ -74,6 +92,7 @@ class Case:
     providers: dict[str, Callable[[], Callable[[], object]]]
     baseline: str
     clock: "Callable[[Callable[[], object]], Timer] | None" = None
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,13 +112,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call, the device's work included."""
+def timed(call: Callable[[], object]) -> Sample:
+    """One call by the wall clock, the device's work included."""
     synchronize()
-    start = time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     call()
     synchronize()
-    return time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Sample(seconds, cpu, after.ru_nivcsw - before.ru_nivcsw)
 
 
 def wall(call: Callable[[], object]) -> Timer:
@@ -107,12 +128,13 @@ def wall(call: Callable[[], object]) -> Timer:
     left the caches, and its own time would be that of bringing it back."""
     last = SHORT
 
-    def sample() -> float:
+    def sample() -> Sample:
         nonlocal last
         if last < SHORT:
             call()
-        last = seconds(call)
-        return last
+        found = timed(call)
+        last = found.seconds
+        return found
 
     return Timer("wall clock", sample)
 
@@ -133,36 +155,58 @@ def alone_on_side_stream() -> Iterator[None]:
 
 
 def on_device(call: Callable[[], object]) -> Timer:
-    """The GPU's own seconds of a call, from a CUDA graph, its L2 cache overwritten before; `wall` on a CPU.
+    """The GPU's own seconds of a call; `wall` on a CPU.
 
-    While the cache is overwritten the host runs ahead, so that no launch is waited for. What a graph cannot capture is
-    launched as it is, and then a call shorter than its own launches is timed as those.
+    Two CUDA graphs are timed in turn: DEVICE_CALLS times the call, each behind a read of FLUSH bytes that fills the L2
+    cache with clean lines, and the reads alone. Their difference has neither the start of a graph nor the reads in it.
+    What a graph cannot capture is launched as it is, between events, while the host runs ahead during the read; then a
+    call shorter than its own launches is timed as those.
     """
     if not torch.cuda.is_available():
         return wall(call)
-    how, replay = "launches", call
+    other = torch.zeros(FLUSH // 4, device="cuda")
     with alone_on_side_stream():
         for _ in range(3):
+            other.sum()
             call()
-        if never_waits(call):  # a capture that fails would leave torch's generator unusable
-            how, graph = "CUDA graph", torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=side_stream()):
-                call()
-            replay = graph.replay
-    junk = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+        if not never_waits(call):  # a capture that fails would leave torch's generator unusable
+            return Timer("launches", lambda: _launched(call, other))
+        full, empty = (_captured(run) for run in ((lambda: (other.sum(), call())), other.sum))
+    return Timer("CUDA graph", lambda: _difference(full.replay, empty.replay))
 
-    def sample() -> float:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(DEVICE_CALLS)]
-        with torch.cuda.stream(side_stream()):
-            for start, end in events:
-                junk.zero_()
-                start.record()
-                replay()
-                end.record()
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
-    return Timer(how, sample)
+def _captured(run: Callable[[], object]) -> "torch.cuda.CUDAGraph":
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side_stream()):
+        for _ in range(DEVICE_CALLS):
+            run()
+    return graph
+
+
+def _between_events(replay: Callable[[], object]) -> "tuple[torch.cuda.Event, torch.cuda.Event]":
+    events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    events[0].record()
+    replay()
+    events[1].record()
+    return events
+
+
+def _difference(full: Callable[[], None], empty: Callable[[], None]) -> Sample:
+    with torch.cuda.stream(side_stream()):
+        pairs = [[_between_events(replay) for replay in (full, empty)] for _ in range(PAIRS)]
+    torch.cuda.synchronize()
+    long, short = ([start.elapsed_time(end) for start, end in column] for column in zip(*pairs, strict=True))
+    return Sample(max(statistics.median(long) - statistics.median(short), 0.0) / DEVICE_CALLS / 1e3)
+
+
+def _launched(call: Callable[[], object], other: torch.Tensor) -> Sample:
+    events = []
+    with torch.cuda.stream(side_stream()):
+        for _ in range(DEVICE_CALLS):
+            other.sum()
+            events.append(_between_events(call))
+    torch.cuda.synchronize()
+    return Sample(statistics.median(start.elapsed_time(end) for start, end in events) / 1e3)
 
 
 def never_waits(call: Callable[[], object]) -> bool:
@@ -186,15 +230,14 @@ def probe(dtype: torch.dtype, device: str, repeats: int = 5) -> Peaks:
     clock = on_device if device == "cuda" else wall
     product, copy = clock(lambda: a @ b).sample, clock(lambda: target.copy_(source)).sample
     product(), copy()  # the first call plans and touches memory
-    best = [min(sample() for _ in range(repeats)) for sample in (product, copy)]
+    best = [min(sample().seconds for _ in range(repeats)) for sample in (product, copy)]
     return Peaks(2 * size**3 / best[0], 2 * numel / best[1], 0 if device == "cuda" else numel)
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
-    values = sorted(values)
-    last = len(values) - 1
-    return statistics.median(values), values[round(0.2 * last)], values[round(0.8 * last)]
+    """Median, 20th and 80th percentile, between two values by linear interpolation."""
+    low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    return median, low, high
 
 
 def measure(case: Case, *, rounds: int, peaks: Peaks, say: Callable[[str], None] = lambda line: None) -> list[dict]:
@@ -221,16 +264,32 @@ def measure(case: Case, *, rounds: int, peaks: Peaks, say: Callable[[str], None]
             except Exception as error:
                 rows[name]["refused"] = reason(error)
                 del times[name]
+    samples = times
+    times = {name: [sample.seconds for sample in taken] for name, taken in samples.items()}
     found = {name: figures(case.work, taken, None, peaks) for name, taken in times.items()}
     baseline = times.get(case.baseline) if "refused" not in found.get(case.baseline, {"refused": ""}) else None
     for name, taken in times.items():
         rows[name] |= figures(case.work, taken, baseline, peaks)
         rows[name] |= {"rounds": rounds, "load": round(load, 2), "timing": timers[name].how}
+        rows[name] |= {} if case.elsewhere or torch.cuda.is_available() else cpu_use(samples[name])
         rows[name] |= {"extra_memory": memory[name], "joules": joules(calls[name]) if case.clock is None else None}
     calls.clear()
     timers.clear()
     gc.collect()
     return list(rows.values())
+
+
+def cpu_use(samples: list[Sample]) -> dict:
+    """What the process had of the CPU, and in how many samples it waited: its wall clock ran on without any thread of
+    it. A waiting sample is longer than the call, so that no ratio with it means anything; nothing where a sample does
+    not say."""
+    if any(sample.cpu_seconds is None for sample in samples):
+        return {}
+    waited = sum(sample.seconds > LOST * sample.cpu_seconds + CLOCK_TICK for sample in samples)
+    return {
+        "cpu_seconds": statistics.median(sample.cpu_seconds for sample in samples),
+        "switches": sum(sample.switches for sample in samples), "waited": waited,
+    }  # fmt: skip
 
 
 def reason(error: Exception) -> str:

@@ -18,18 +18,21 @@ from torch import Tensor
 from minibert_kernels import attention, launch
 
 from .measure import alone_on_side_stream, on_device
+from .shared_work import save
 
 GAIN = 0.98  # a plan has to take less than this share of the time of the one it replaces
 TILES = (16, 32, 64, 128)
+LENGTH, HEAD_SIZES = 512, (64, 128)
+DIRECTIONS = {"fwd": "fwd", "dq": "bwd", "dkdv": "bwd"}  # of a plan: the call that runs it
 
 
-def inputs(dry: bool, head_size: int, length: int) -> tuple[Tensor, Tensor]:
+def inputs(dry: bool, head_size: int, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """q, k and v in one tensor, [T, 3, H, d], and the borders of sequences of one length."""
     device, count, heads = ("cpu", 2, 1) if dry else ("cuda", 16384 // length, 768 // head_size)
     torch.manual_seed(0)
     qkv = torch.randn(count * length, 3, heads, head_size, device=device)
     cuts = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
-    return qkv.to(torch.float32 if dry else torch.bfloat16), cuts
+    return qkv.to(dtype), cuts
 
 
 def calls(qkv: Tensor, cuts: Tensor, length: int) -> dict[str, Callable[[], Tensor]]:
@@ -45,19 +48,40 @@ def calls(qkv: Tensor, cuts: Tensor, length: int) -> dict[str, Callable[[], Tens
 
 
 def neighbours(tiles: tuple) -> Iterator[tuple]:
-    block_m, block_n, warps, persistent = tiles
+    block_m, block_n, warps, *persistent = tiles
     for factor in (0.5, 2):
         if block_m * factor in TILES:
-            yield int(block_m * factor), block_n, warps, persistent
+            yield int(block_m * factor), block_n, warps, *persistent
         if block_n * factor in TILES:
-            yield block_m, int(block_n * factor), warps, persistent
-    yield block_m, block_n, 12 - warps, persistent
-    yield block_m, block_n, warps, not persistent
+            yield block_m, int(block_n * factor), warps, *persistent
+    yield block_m, block_n, 12 - warps, *persistent
+    if persistent:
+        yield block_m, block_n, warps, not persistent[0]
+
+
+def first_ring() -> Iterator[tuple[tuple, int, tuple]]:
+    """The plans that a search on this chip tries first: keys of launch.ATTENTION_TILES, head sizes, tiles."""
+    chip = launch._attention_chip(2, launch.capability(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    for wide in (0, 1):
+        for direction in DIRECTIONS:
+            base = launch.ATTENTION_TILES[chip, direction][wide]
+            yield from (((chip, direction), wide, tiles) for tiles in (base, *neighbours(base)))
+
+
+def warm(key: tuple, wide: int, tiles: tuple) -> None:
+    """The calls of a search with one plan, for their compilations."""
+    pair = launch.ATTENTION_TILES[key]
+    launch.ATTENTION_TILES[key] = tuple(tiles if i == wide else other for i, other in enumerate(pair))
+    try:
+        made = calls(*inputs(not torch.cuda.is_available(), HEAD_SIZES[wide], LENGTH, torch.bfloat16), LENGTH)
+        made[DIRECTIONS[key[1]]]()
+    finally:
+        launch.ATTENTION_TILES[key] = pair
 
 
 def timed(call: Callable[[], Tensor], rounds: int) -> float:
     sample = on_device(call).sample
-    return statistics.median(sample() for _ in range(rounds))
+    return statistics.median(sample().seconds for _ in range(rounds))
 
 
 def walk(key: tuple, wide: int, call: Callable[[], Tensor], rounds: int, end: float) -> tuple[tuple, float, float]:
@@ -92,27 +116,30 @@ def walk(key: tuple, wide: int, call: Callable[[], Tensor], rounds: int, end: fl
 
 
 def search(folder: Path, dry: bool) -> dict:
-    """Walk from every plan of this chip, for heads of 64 and of 128, in the time that STAGE_SECONDS leaves."""
+    """Walk from every plan of this chip, for heads of 64 and of 128, in the time that STAGE_SECONDS leaves.
+
+    After each plan what was found so far is written to `folder`.
+    """
     start, budget = time.perf_counter(), float(os.environ.get("STAGE_SECONDS", 60)) * 0.85
-    rounds, length = (1, 32) if dry else (3, 512)
-    directions = {"fwd": "fwd", "dq": "bwd", "dkdv": "bwd"}
+    rounds, length, dtype = (1, 32, torch.float32) if dry else (3, LENGTH, torch.bfloat16)
     name = "interpreter" if dry else torch.cuda.get_device_name()
     found, rows = {}, []
-    for number, (wide, direction) in enumerate((w, d) for w in (0, 1) for d in directions):
-        size = 16 if dry else (64, 128)[wide]
+    for number, (wide, direction) in enumerate((w, d) for w in (0, 1) for d in DIRECTIONS):
+        size = 16 if dry else HEAD_SIZES[wide]
         if dry and number:
             break
-        qkv, cuts = inputs(dry, size, length)
+        qkv, cuts = inputs(dry, size, length, dtype)
         chip = launch._attention_chip(qkv.element_size(), launch.capability(qkv.device))
         end = start + budget * (number + 1) / 6
         with nullcontext() if dry else alone_on_side_stream():
-            call = calls(qkv, cuts, length)[directions[direction]]
+            call = calls(qkv, cuts, length)[DIRECTIONS[direction]]
         tiles, before, after = walk((chip, direction), wide, call, rounds, end)
         found[chip, direction] = launch.ATTENTION_TILES[chip, direction]
         rows.append({"chip": chip, "direction": direction, "head_size": size, "tiles": tiles, "seconds_before": before,
                      "seconds": after})  # fmt: skip
-    lines = [f"# {name}, {date.today()}, S = {length}: paste into ATTENTION_TILES"]
-    lines += [f"    {key!r}: {pair!r},".replace("'", '"') for key, pair in found.items()]
-    lines += [f"# {r['direction']} d={r['head_size']}: {1e6 * r['seconds_before']:.1f} to {1e6 * r['seconds']:.1f} µs"
-              for r in rows]  # fmt: skip
+        lines = [f"# {name}, {date.today()}, S = {length}: paste into ATTENTION_TILES"]
+        lines += [f"    {key!r}: {pair!r},".replace("'", '"') for key, pair in found.items()]
+        lines += [f"# {r['direction']} d={r['head_size']}: {1e6 * r['seconds_before']:.1f} to "
+                  f"{1e6 * r['seconds']:.1f} µs" for r in rows]  # fmt: skip
+        save(folder / "plans.json", {"plans": rows, "lines": lines})
     return {"plans": rows, "lines": lines}

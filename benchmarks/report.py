@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 KEY = (
@@ -30,6 +31,7 @@ COLUMNS = {  # a column's title and how a row fills it; columns that no row fill
     "dtype": lambda r: r.get("dtype"),
     "threads": lambda r: r.get("threads"),
     "fill": lambda r: r.get("fill") and f"{r['fill']:.0%}",
+    "tokens a step": lambda r: r.get("step_tokens") and f"{r['step_tokens']:,}",
     "time": lambda r: duration(r["seconds"]),
     "20 to 80 %": lambda r: f"{duration(r['seconds_low'])} to {duration(r['seconds_high'])}",
     "× baseline": lambda r: r.get("ratio") and f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
@@ -39,6 +41,10 @@ COLUMNS = {  # a column's title and how a row fills it; columns that no row fill
     "TFLOP/s": lambda r: r.get("flops_per_second") and f"{r['flops_per_second'] / 1e12:.3g}",
     "extra MiB": lambda r: r.get("extra_memory") and f"{r['extra_memory'] / 2**20:,.1f}",
     "energy": lambda r: r.get("joules") and f"{r['joules']:.3g} J",
+    "load": lambda r: None if r.get("load") is None else f"{r['load']:.1f}",
+    # the wall clock ran on while no thread of the process did: its time, and every ratio with it, is not its own
+    "waited for a core": lambda r: r.get("waited") and f"DISTURBED: {r['waited']} of {r['rounds']} rounds",
+    "switches": lambda r: r.get("switches"),
 }
 SUITES = {
     "kernels": "Kernels", "infer": "Encoder inference", "embed": "Texts to embeddings", "train": "Pretraining step",
@@ -71,11 +77,46 @@ def show(record: dict) -> None:
 
 
 def merge(records: Sequence[dict]) -> dict:
-    """Records as one: the machine of the first, the peaks and rows of all."""
-    merged = dict(records[0])
-    merged["rows"] = [row for record in records for row in record["rows"]]
-    merged["peaks"] = {name: peak for record in records for name, peak in record["peaks"].items()}
+    """Records of one machine as one: the peaks and rows of all; where two measured a peak, both, by number.
+
+    Raises:
+        ValueError: they are of different machines, or two rows are of the same call.
+    """
+    merged, peaks = dict(records[0]), {}
+    for record in records:
+        if differs := machine_differs(records[0], record):
+            raise ValueError(f"records of different machines are not put into one table: {differs}")
+        for label, peak in record["peaks"].items():
+            names = (label + f" ({number})" * (number > 1) for number in count(1))
+            peaks[next(name for name in names if peaks.get(name, peak) == peak)] = peak
+    merged |= {"peaks": peaks, "rows": [row for record in records for row in record["rows"]]}
+    by_key(merged["rows"])
     return merged
+
+
+def machine_differs(one: dict, other: dict) -> str:
+    """What tells the machines of two records apart, or nothing."""
+    ours, theirs = (
+        {"cpu": record["machine"].get("cpu"), "cores": record["machine"].get("cores"),
+         "GPU": record["machine"].get("gpu", {}).get("name", "none")} for record in (one, other)
+    )  # fmt: skip
+    return ", ".join(
+        f"{name} {ours[name]} and {theirs[name]}" for name in ours
+        if None not in (ours[name], theirs[name]) and ours[name] != theirs[name]
+    )  # fmt: skip
+
+
+def by_key(rows: Sequence[dict]) -> dict[tuple, dict]:
+    """Rows by what they are of.
+
+    Raises:
+        ValueError: two are of the same.
+    """
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        if found.setdefault(key(row), row) is not row:
+            raise ValueError(f"two rows are of {named(key(row))}")
+    return found
 
 
 def by_suite(record: dict) -> dict[str, list[dict]]:
@@ -102,6 +143,12 @@ def markdown(rows: Sequence[dict]) -> str:
         ]
         where = f"{dtype}, {threads} thread{'s' * (threads > 1)}" if threads else dtype
         lines.append(f"| {case} | {where} | " + " | ".join(texts) + " |")
+    loads = [row["load"] for row in rows if row.get("load") is not None]
+    if loads:
+        lines += ["", f"Load of the machine meanwhile: {min(loads):.1f} to {max(loads):.1f}."]
+    disturbed = sum(bool(row.get("waited")) for row in rows)
+    if disturbed:
+        lines += [f"{disturbed} of {len(rows)} figures were disturbed: the process waited for a core."]
     return "\n".join(lines)
 
 
@@ -133,31 +180,49 @@ def key(row: dict) -> tuple:
     return tuple(row.get(name) for name in KEY)
 
 
+def named(key: tuple) -> str:
+    return ", ".join(str(part) for part in key if part is not None)
+
+
 def compare(old: dict, new: dict, least: float = 0.03) -> tuple[list[str], int]:
-    """Lines that say what changed, and how many got slower, were refused or are gone.
+    """Lines that say what changed, and how many got slower, were refused, are gone, or do other work now.
 
     A change is one where the bands from the 20th to the 80th percentile do not overlap and the medians differ by more
     than `least`.
+
+    Raises:
+        ValueError: the records are of different machines, or one has two rows of the same call.
     """
-    before, lines, slower = {key(row): row for row in old["rows"]}, [], 0
-    for row in new["rows"]:
-        was = before.pop(key(row), None)
-        name = ", ".join(str(part) for part in key(row) if part is not None)
+    if differs := machine_differs(old, new):
+        raise ValueError(f"records of different machines are not compared: {differs}")
+    versions = [record["machine"].get("versions", {}) for record in (old, new)]
+    lines = [f"version   {name} {versions[0].get(name)}, now {versions[1].get(name)}"
+             for name in dict.fromkeys((*versions[0], *versions[1])) if versions[0].get(name) != versions[1].get(name)
+             ]  # fmt: skip
+    before, slower = by_key(old["rows"]), 0
+    for own_key, row in by_key(new["rows"]).items():
+        was = before.pop(own_key, None)
+        name = named(own_key)
         if was is None:
             lines.append(f"new       {name}")
         elif "refused" in row or "refused" in was:
             if ("refused" in row) != ("refused" in was):
                 lines.append(f"REFUSED   {name}: {row['refused']}" if "refused" in row else f"timed now {name}")
                 slower += "refused" in row
+        elif row.get("work", was.get("work")) != was.get("work", row.get("work")):
+            lines.append(f"OTHER     {name}: a run is {row['work']}, was {was['work']}: not compared")
+            slower += 1
         else:
             change = row["seconds"] / was["seconds"] - 1
             apart = row["seconds_low"] > was["seconds_high"] or row["seconds_high"] < was["seconds_low"]
             noise = (was["seconds_high"] - was["seconds_low"]) / was["seconds"]
             if apart and abs(change) > least:
                 slower += change > 0
-                lines.append(f"{'SLOWER' if change > 0 else 'faster'}    {name}: {change:+.1%} (noise {noise:.1%})")
+                disturbed = ", disturbed" if row.get("waited") or was.get("waited") else ""
+                lines.append(f"{'SLOWER' if change > 0 else 'faster'}    {name}: {change:+.1%} "
+                             f"(noise {noise:.1%}{disturbed})")  # fmt: skip
     gone = [name for name, row in before.items() if "refused" not in row]
-    lines += ["gone      " + ", ".join(str(part) for part in name if part is not None) for name in gone]
+    lines += [f"gone      {named(name)}" for name in gone]
     return lines, slower + len(gone)
 
 

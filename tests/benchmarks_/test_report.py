@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,18 @@ from benchmarks import lengths, report
 from benchmarks import measure as measure_module
 from benchmarks.__main__ import free_name, main
 from benchmarks.gate import Refused
-from benchmarks.measure import Case, Peaks, Work, extra_memory, figures, joules, measure, on_device, place_and_date
+from benchmarks.measure import (
+    Case,
+    Peaks,
+    Work,
+    extra_memory,
+    figures,
+    joules,
+    measure,
+    on_device,
+    place_and_date,
+    spread,
+)
 
 PEAKS = Peaks(flops=1e12, bytes=1e11)
 
@@ -60,41 +72,50 @@ def test_extra_memory_is_what_a_call_allocates_beyond_what_was_there():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_time_is_the_wall_clocks_and_energy_is_not_told():
     timer = on_device(lambda: time.sleep(0.02))
-    assert timer.how == "wall clock" and 0.02 <= timer.sample() < 0.5
+    assert timer.how == "wall clock" and 0.02 <= timer.sample().seconds < 0.5
     assert joules(lambda: None) is None
 
 
 @pytest.mark.parametrize("captured", (True, False))
-def test_on_a_gpu_a_call_is_timed_behind_an_overwritten_cache_from_a_graph_or_else_as_launched(captured, monkeypatch):
+def test_on_a_gpu_a_call_is_timed_behind_a_read_of_other_data_without_the_read_or_the_start_of_a_graph(
+    captured, monkeypatch
+):
     """A stand-in for torch.cuda that writes down what is asked of it: the order is what is tested, not a GPU."""
-    log = []
+    log, clock = [], [0.0]
+    start, read, work = 5.0, 2.0, 3.0  # milliseconds of a graph's start, of the read, of the call
+
+    def does(name, milliseconds):
+        def act(*arguments):
+            (graphs[-1] if capturing else log).append((name, milliseconds))
+            clock[0] += 0 if capturing else milliseconds
+
+        return act
+
+    graphs, capturing = [], []
+
+    class Graph:
+        def __init__(self):
+            self.content = []
+            graphs.append(self.content)
+
+        def replay(self):
+            clock[0] += start + sum(milliseconds for _, milliseconds in self.content)
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            log.append("event")
+            self.at = clock[0]
 
         def elapsed_time(self, end):
-            return 2.0
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
+            return end.at - self.at
 
     @contextmanager
     def capture(graph, stream):
-        log.append("capture")
+        capturing.append(graph)
         yield
-
-    class Junk:
-        def zero_(self):
-            log.append("flush")
-
-    def never_waits(call):
-        log.append("checked")
-        return captured
+        capturing.pop()
 
     cuda = SimpleNamespace(
         is_available=lambda: True, stream=lambda stream: nullcontext(), CUDAGraph=Graph, graph=capture, Event=Event,
@@ -102,16 +123,44 @@ def test_on_a_gpu_a_call_is_timed_behind_an_overwritten_cache_from_a_graph_or_el
     )  # fmt: skip
     monkeypatch.setattr(measure_module.torch, "cuda", cuda)
     monkeypatch.setattr(measure_module, "side_stream", lambda: "side")
-    monkeypatch.setattr(measure_module, "never_waits", never_waits)
-    monkeypatch.setattr(measure_module.torch, "empty", lambda *args, **kwargs: Junk())
-    timer = on_device(lambda: log.append("call"))
-    assert log == ["call"] * 3 + ["checked"] + ["capture", "call"] * captured and timer.how == (
-        "CUDA graph" if captured else "launches"
-    )
-    log.clear()
-    assert timer.sample() == 2e-3
-    one = ["flush", "event", "replay" if captured else "call", "event"]
-    assert log == one * measure_module.DEVICE_CALLS
+    monkeypatch.setattr(measure_module, "never_waits", lambda call: captured)
+    monkeypatch.setattr(measure_module.torch, "zeros", lambda *args, **options: SimpleNamespace(sum=does("read", read)))
+    timer = on_device(does("call", work))
+    assert timer.how == ("CUDA graph" if captured else "launches")
+    assert timer.sample().seconds == pytest.approx(work / 1e3)
+    if captured:
+        assert [[name for name, _ in graph] for graph in graphs] == [
+            ["read", "call"] * measure_module.DEVICE_CALLS, ["read"] * measure_module.DEVICE_CALLS,
+        ]  # fmt: skip
+
+
+def test_quantiles_of_few_rounds_are_interpolated():
+    assert spread([1.0, 2.0, 3.0]) == pytest.approx((2, 1.4, 2.6))
+    assert spread([float(i) for i in range(9)]) == pytest.approx((4, 1.6, 6.4))
+    assert spread([7.0]) == (7, 7, 7)
+
+
+def test_a_row_whose_process_waited_for_a_core_says_so():
+    def call():
+        time.sleep(0.02)
+
+    def work():
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+
+    case = Case(suite="s", name="c", work=Work(), providers={"waits": lambda: call}, baseline="waits")
+    [row] = measure(case, rounds=3, peaks=PEAKS)
+    assert row["waited"] == 3 and row["cpu_seconds"] < 0.01 and row["switches"] >= 0 and row["load"] >= 0
+    titles, texts = report.cells([row])
+    assert "DISTURBED: 3 of 3 rounds" in texts[0] and "load" in titles
+    sample = measure_module.timed(work)
+    assert sample.cpu_seconds >= 0.02
+    busy = measure_module.cpu_use([measure_module.Sample(1.0, 1.9, 0), measure_module.Sample(1.0, 1.0, 4)])
+    assert busy == {"cpu_seconds": 1.45, "switches": 4, "waited": 0}
+    assert measure_module.cpu_use([measure_module.Sample(1.0)]) == {}
+    elsewhere = replace(case, elsewhere=True)
+    assert "waited" not in measure(elsewhere, rounds=1, peaks=PEAKS)[0]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +306,51 @@ def test_readme_tables_come_from_the_record(tmp_path):
     text = readme.read_text()
     assert "old" not in text and "| half, batch 8 | float32, 2 threads | 2.00 (1.90 to 2.10) |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n")
+
+
+def on_machine(found, **facts):
+    return found | {"machine": found["machine"] | facts}
+
+
+def test_records_of_different_machines_are_neither_compared_nor_put_into_one_table(tmp_path, capsys):
+    files = [tmp_path / name for name in ("one.json", "other.json", "gpu.json")]
+    one = on_machine(record(row()), cores=2)
+    others = on_machine(record(row(case="x")), cores=4), on_machine(record(row(case="y")), gpu={"name": "NVIDIA H200"})
+    for file, found in zip(files, (one, *others), strict=True):
+        file.write_text(json.dumps(found))
+    for verb in ("--compare", "report"):
+        for other, differs in zip(files[1:], ("cores 2 and 4", "GPU none and NVIDIA H200"), strict=True):
+            with pytest.raises(SystemExit, match="2"):
+                main([verb, str(files[0]), str(other)])
+            assert (
+                f"different machines are not {'compared' if verb == '--compare' else 'put'}"
+                in (said := capsys.readouterr().err)
+                and differs in said
+            )
+
+
+def test_what_does_other_work_is_not_called_slower():
+    old, new = row(work={"tokens": 100}), row(work={"tokens": 200}, seconds=9.0, seconds_low=9.0, seconds_high=9.0)
+    lines, count = report.compare(record(old), record(new))
+    assert count == 1 and lines[0].startswith("OTHER") and "not compared" in lines[0]
+    versions = [on_machine(record(row()), versions={"torch": number}) for number in ("2.12", "2.13")]
+    assert report.compare(*versions) == (["version   torch 2.12, now 2.13"], 0)
+
+
+def test_two_rows_of_one_call_are_an_error_and_two_peaks_of_one_name_are_both_kept():
+    with pytest.raises(ValueError, match="two rows are of infer, half, batch 8"):
+        report.compare(record(row(), row(seconds=2.0)), record(row()))
+    with pytest.raises(ValueError, match="two rows are of"):
+        report.merge([record(row()), record(row())])
+    slower = record(row(case="other")) | {"peaks": {"float32, 2 threads": {"flops": 5e11, "bytes": 1e11, "cached": 0}}}
+    merged = report.merge([record(row()), slower, record(row(case="third"))])
+    assert [peak["flops"] for peak in merged["peaks"].values()] == [1e12, 5e11]
+    assert list(merged["peaks"]) == ["float32, 2 threads", "float32, 2 threads (2)"]
+
+
+def test_a_table_says_the_load_and_how_many_figures_were_disturbed():
+    text = report.markdown([row(load=0.5), row(provider="x", load=3.25, waited=2, rounds=5)])
+    assert "Load of the machine meanwhile: 0.5 to 3.2." in text and "1 of 2 figures were disturbed" in text
 
 
 @pytest.mark.parametrize(
