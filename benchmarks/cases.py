@@ -235,6 +235,12 @@ def lamb(numel):
 
 
 TABLE = (
+    # many lengths, with dropout: what a BERT is trained on
+    OpCase(op="attention", name="varlen, SQuAD lengths, d=64 dropout", make=attention(12, 64, 0.1), longest=512,
+           fill="squad_v1.1_dev_question_context_pairs"),
+    OpCase(op="attention", name="varlen, half full, S=512 d=64 dropout", make=attention(12, 64, 0.1), longest=512,
+           fill="half"),
+    OpCase(op="attention", name="varlen, SST-2 lengths, d=64 dropout", make=attention(12, 64, 0.1), fill="sst2_train"),
     OpCase(op="attention", name="S=128 d=64", make=attention(12, 64)),
     OpCase(op="attention", name="S=128 d=64 dropout", make=attention(12, 64, 0.1)),
     OpCase(op="attention", name="S=512 d=64", make=attention(12, 64), longest=512),
@@ -255,7 +261,7 @@ TABLE = (
     OpCase(op="unpack", name="D=768, half full", make=moves("unpack", 768), fill="half"),
     OpCase(op="mlm_mask", name="S=128", make=masking),
     OpCase(op="lamb_step", name="a parameter of 31 M", make=lamb(30522 * 1024)),
-)
+)  # fmt: skip
 # for a dry run in the interpreter: an op of each family, so small that it takes seconds
 TINY = (
     OpCase(op="attention", name="S=16 d=16, half full", make=attention(1, 16), longest=16, fill="half"),
@@ -269,8 +275,9 @@ TINY = (
 
 
 def sizes_of(case: OpCase, tokens: int) -> np.ndarray:
-    """Lengths of as many sequences as would fill `tokens` places."""
-    return lengths.sample(case.fill, max(tokens // case.longest, 1), case.longest)
+    """Lengths of as many sequences as would fill `tokens` places, or, where they are a data set's, have as many."""
+    length = lengths.DATASETS[case.fill][1] if case.fill in lengths.DATASETS else case.longest
+    return lengths.sample(case.fill, max(int(tokens / length), 1), case.longest)
 
 
 def gate_sizes(case: OpCase) -> np.ndarray:

@@ -54,26 +54,58 @@ def random_ids(sizes, vocab_size: int, seed: int = 0) -> list[np.ndarray]:
 
 
 class Reference:
-    """What every encoder is judged by: transformers eager, in float64 and in the precision of the case."""
+    """What every encoder is judged by: transformers eager in float64 on a few uneven sequences; on a timed batch, which
+    may be too large for that, transformers sdpa in float32, once it was judged itself. Both also in the precision
+    of the case.
+    """
 
     def __init__(self, place: Place):
         config = load_config(place.weights)
         self.ids = random_ids(gate_lengths(config), config.vocab_size, seed=1)
         self.words = [ids[: config.max_position_embeddings - 2] for ids in self.ids]
         self.texts = texts_of(self.words)
-        self.truth = self._results(place, torch.float64)
-        self.same = None if place.dtype == torch.float32 else self._results(place, place.dtype)
+        self.place, self.once = place, Once()
+        eager = partial(peers.transformers, attention="eager")
+        self.truth = self._results(self._encoder(eager, torch.float64), self.ids, self.words)
+        self.same = None
+        if place.dtype != torch.float32:
+            self.same = self._results(self._encoder(eager, place.dtype), self.ids, self.words)
 
-    def _results(self, place, dtype):
-        encoder = peers.transformers(replace(place, dtype=dtype), attention="eager")
-        embedded = states(encoder, list(map(framed, self.words))).split([len(ids) + 2 for ids in self.words])
+    def _encoder(self, make, dtype: torch.dtype) -> Encoder:
+        return make(replace(self.place, dtype=dtype))
+
+    @staticmethod
+    def _results(encoder, ids, words) -> dict[str, torch.Tensor]:
+        embedded = states(encoder, list(map(framed, words))).split([len(one) + 2 for one in words])
         means = torch.stack([part.mean(0) for part in embedded])
-        return {"states": states(encoder, self.ids), "embeddings": means}
+        return {"states": states(encoder, ids, peers.pair_types(ids)), "embeddings": means}
 
-    def judged(self, name: str, make: Callable[[Place], Any], place: Place, results: Callable[[Any], dict], once: Once):
-        """What `make(place)` gives, made and judged once; in lower precision its float32 twin is judged first: rounding
-        would hide a wrong formula.
+    def _large(self, dtype: torch.dtype) -> Encoder:
+        encoder = self._encoder(peers.transformers, dtype)
+        if dtype == torch.float32:
+            judge("transformers sdpa", self._results(encoder, self.ids, self.words), self.truth)
+        return encoder
 
+    def timed(self, ids: list[np.ndarray]) -> tuple[dict, dict | None]:
+        """True results of a timed batch, and in the case's precision where that is lower."""
+
+        def results(dtype):
+            return self._results(self.once(dtype, lambda: self._large(dtype)), ids, words_of(ids))
+
+        def both():
+            return results(torch.float32), None if self.same is None else results(self.place.dtype)
+
+        return self.once(tuple(map(len, ids)), both)
+
+    def judged(
+        self, name: str, make: Callable[[Place], Any], place: Place, results: Callable[..., dict],
+        batch: list[np.ndarray], once: Once,
+    ):  # fmt: skip
+        """What `make(place)` gives, made once, and judged: in lower precision its float32 twin first, because rounding
+        would hide a wrong formula; then on a batch that is timed.
+
+        Args:
+            results: of what was made: on the gate's sequences, or on those of a batch.
         Raises:
             Refused: its results differ.
         """
@@ -86,9 +118,13 @@ class Reference:
 
         exact = replace(place, dtype=torch.float32)
         if place == exact:
-            return once((name, place), lambda: judge_at(place, None, name))
-        once((name, exact), lambda: judge_at(exact, None, f"{name} in float32"))
-        return once((name, place), lambda: judge_at(place, self.same, name))
+            made = once((name, place), lambda: judge_at(place, None, name))
+        else:
+            once((name, exact), lambda: judge_at(exact, None, f"{name} in float32"))
+            made = once((name, place), lambda: judge_at(place, self.same, name))
+        found, (truth, same) = results(made, batch), self.timed(batch)
+        judge(f"{name}, as timed", found, {what: truth[what] for what in found}, same)
+        return made
 
 
 def gate_lengths(config: BertConfig) -> list[int]:
@@ -100,21 +136,30 @@ def texts_of(ids: list[np.ndarray]) -> list[str]:
     return [" ".join(peers.word(max(int(i), 5)) for i in one) for one in ids]
 
 
+def words_of(ids: list[np.ndarray]) -> list[np.ndarray]:
+    """Without two tokens each, which the tokenizer's [CLS] and [SEP] take."""
+    return [part[: max(len(part) - 2, 1)] for part in ids]
+
+
 def framed(ids: np.ndarray) -> np.ndarray:
     """The ids of `texts_of`, with [CLS] and [SEP]."""
     return np.array([2, *np.maximum(ids, 5), 3])
 
 
 @torch.inference_mode()
-def states(encoder: Encoder, ids: list[np.ndarray]) -> torch.Tensor:
-    inputs = encoder.prepare(ids)
+def states(encoder: Encoder, ids: list[np.ndarray], types: list[np.ndarray] | None = None) -> torch.Tensor:
+    inputs = encoder.prepare(ids, types)
     return encoder.states(encoder.run(inputs), inputs).cpu()
 
 
 def build(name: str, make: Callable[[Place], Encoder], place: Place, reference: Reference, batches, once: Once):
     """Judge an encoder, then the call that runs all batches."""
-    encoder = reference.judged(name, make, place, lambda made: {"states": states(made, reference.ids)}, once)
-    inputs = [encoder.prepare(batch) for batch in batches]
+
+    def results(made, batch=reference.ids):
+        return {"states": states(made, batch, peers.pair_types(batch))}
+
+    encoder = reference.judged(name, make, place, results, batches[0], once)
+    inputs = [encoder.prepare(batch, peers.pair_types(batch)) for batch in batches]
 
     @torch.inference_mode()
     def run():
@@ -124,14 +169,15 @@ def build(name: str, make: Callable[[Place], Encoder], place: Place, reference: 
     return run
 
 
-def build_embedder(name: str, make, place: Place, reference: Reference, texts: list[str], once: Once):
+def build_embedder(name: str, make, place: Place, reference: Reference, batches, once: Once):
     """Judge what makes embeddings of texts, then the call that embeds them all."""
 
     @torch.inference_mode()
-    def embeddings(embed):
-        return {"embeddings": embed(reference.texts).cpu()}
+    def embeddings(embed, batch=None):
+        return {"embeddings": embed(reference.texts if batch is None else texts_of(words_of(batch))).cpu()}
 
-    embed = reference.judged(f"{name}, texts", make, place, embeddings, once)
+    embed = reference.judged(f"{name}, texts", make, place, embeddings, batches[0], once)
+    texts = [text for batch in batches for text in texts_of(words_of(batch))]
     return torch.inference_mode()(lambda: embed(texts))
 
 
@@ -163,12 +209,11 @@ def cases(
                         for provider, make in providers.items() if only(provider)
                     },
                 )  # fmt: skip
-                texts = texts_of([part[: max(len(part) - 2, 1)] for part in ids])
                 yield Case(
                     suite="embed", name=f"{name}, texts, batch {batch_size}", labels=labels, work=work,
                     baseline="sentence-transformers",
                     providers={
-                        provider: partial(build_embedder, provider, make, place, reference, texts, once)
+                        provider: partial(build_embedder, provider, make, place, reference, batches, once)
                         for provider, make in embedders.items() if only(provider)
                     },
                 )  # fmt: skip

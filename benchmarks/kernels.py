@@ -1,13 +1,13 @@
 """Every op beside what one would call otherwise, forward and backward: the table of `cases`, and who takes part.
 
-A provider gets the tensors packed and lays them out as it likes, outside the clock. What is timed is first judged on a
-few sequences that take the same launch plan: output and gradients, without dropout, against float64.
+A provider gets the tensors packed and lays them out as it likes, outside the clock. Its output and gradients are first
+judged against float64, without dropout: on a few uneven sequences, and on the very tensors that are timed.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,11 +39,14 @@ class Bound:
     outward: Callable[[Tensor], Tensor] = lambda x: x
 
 
+SCORES = 1 << 28  # of attention that a reference makes at a time
 Provider = Callable[[Problem, Tensors, float], Bound]
 
 
 def minibert(problem: Problem, tensors: Tensors, dropout: float, backend: str = "auto") -> Bound:
     options = {"backend": backend} | ({"dropout": dropout, "seed": 1} if dropout else {})
+    if problem.op == "attention":  # made once a batch, as the encoder does it
+        options["schedule"] = minibert_kernels.attention_schedule(tensors["cu_seqlens"], len(tensors["q"]))
     return Bound(tensors, lambda: problem.call(minibert_kernels, tensors, **options))
 
 
@@ -173,6 +176,31 @@ def flash_attention(problem: Problem, tensors: Tensors, dropout: float) -> Bound
     )
 
 
+def torch_varlen(problem: Problem, tensors: Tensors, dropout: float, kernel: str) -> Bound:
+    """The packed kernels behind torch's SDPA, called by their ATen names: FlashAttention-2, memory-efficient, cuDNN."""
+    q, k, v, borders, longest = *tensors.values(), problem.options["max_seqlen"]
+    cuts = borders, borders, longest, longest
+    if kernel == "flash":
+        return Bound(tensors, lambda: torch.ops.aten._flash_attention_forward(q, k, v, *cuts, dropout, False, False)[0])
+    if kernel == "cudnn":
+        return Bound(tensors, lambda: torch.ops.aten._cudnn_attention_forward(q, k, v, None, *cuts, True, dropout)[0])
+    q, k, v = (x[None] for x in (q, k, v))
+    call = torch.ops.aten._efficient_attention_forward
+    return Bound(tensors, lambda: call(q, k, v, None, *cuts, dropout, 0, True)[0][0])
+
+
+def transformer_engine(problem: Problem, tensors: Tensors, dropout: float) -> Bound:
+    from transformer_engine.pytorch import DotProductAttention
+
+    q, k, v, borders, longest = *tensors.values(), problem.options["max_seqlen"]
+    attend = DotProductAttention(
+        q.shape[1], q.shape[2], attention_dropout=dropout, qkv_format="thd", attn_mask_type="padding"
+    )
+    names = ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
+    cuts = dict(zip(names, (borders, borders, longest, longest), strict=True))
+    return Bound(tensors, lambda: attend(q, k, v, **cuts).view(q.shape))
+
+
 def liger(problem: Problem, tensors: Tensors, dropout: float) -> Bound:
     from liger_kernel.transformers import functional
 
@@ -184,7 +212,13 @@ def liger(problem: Problem, tensors: Tensors, dropout: float) -> Bound:
     return Bound(tensors, lambda: functional.liger_layer_norm(*tensors.values(), 1e-12))
 
 
-HALF_ONLY = ("sdpa flash", "sdpa cudnn", "varlen_attn", "flash-attn")  # on a GPU
+HALF_ONLY = (  # on a GPU
+    "sdpa flash", "sdpa cudnn", "torch flash varlen", "torch cudnn varlen", "varlen_attn", "flash-attn",
+    "transformer engine",
+)  # fmt: skip
+GPU_ONLY = (
+    *(name for name in HALF_ONLY if name != "sdpa flash"), "sdpa efficient", "torch efficient varlen", "liger",
+)  # fmt: skip
 SDPA = {
     "sdpa flash": partial(sdpa, backend="FLASH_ATTENTION"),
     "sdpa efficient": partial(sdpa, backend="EFFICIENT_ATTENTION"),
@@ -192,7 +226,11 @@ SDPA = {
     "sdpa math": partial(sdpa, backend="MATH"),
 }
 ATTENTIONS = SDPA | {
+    "torch flash varlen": partial(torch_varlen, kernel="flash"),
+    "torch efficient varlen": partial(torch_varlen, kernel="efficient"),
+    "torch cudnn varlen": partial(torch_varlen, kernel="cudnn"),
     "flex_attention": flex_attention, "varlen_attn": varlen_attention, "flash-attn": flash_attention,
+    "transformer engine": transformer_engine,
 }  # fmt: skip
 
 
@@ -209,57 +247,109 @@ def providers_of(op: str, backend: str) -> dict[str, Provider]:
 
 
 class Gate:
-    """What every provider of a case is judged by: output and gradients of a small problem, by the reference in float64,
-    and in lower precision how far torch's own ops are from them."""
+    """What every provider of a case is judged by, output and gradients without dropout: a small problem, uneven and in
+    float32 too, so that a wrong formula is seen; and the very problem that is timed, in its own precision.
 
-    def __init__(self, case: OpCase, dtype: torch.dtype, device: str):
-        self.problem = case.make(gate_sizes(case), dtype.itemsize, Draw(device, seed=1))
-        self.once = Once()  # both directions are judged together
-        self.dtype, self.truth = dtype, self.outcome(self._reference, torch.float64)
-        lower = dtype != torch.float32 and self.problem.wanted
-        self.same = self.outcome(torch_eager, dtype) if lower else None
-        if self.same and self.same["output"].ndim == 0:
-            self.same["output"] = self.same["output"].to(dtype)  # what a loss was computed in
+    The truth is the reference in float64; in lower precision a provider may be so far from it as torch's own ops are.
+    """
 
-    @staticmethod
-    def _reference(problem, tensors, dropout):
-        return Bound(tensors, lambda: problem.call(reference, tensors))
+    def __init__(self, case: OpCase, dtype: torch.dtype, device: str, timed: Problem):
+        self.dtype, self.once = dtype, Once()  # both directions are judged together
+        self.small = Judge(case.make(gate_sizes(case), dtype.itemsize, Draw(device, seed=1)), dtype)
+        self.timed = Judge(timed, dtype)
 
-    def outcome(self, provider: Provider, dtype: torch.dtype) -> Tensors:
-        """Output and gradients, in the packed layout."""
-        problem, tensors = self.problem, self.problem.cast(dtype)
-        if problem.op == "lamb_step":
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        bound = provider(problem, tensors, 0.0)
-        out = bound.run()
-        found = {"output": bound.outward(out.detach())}
-        if problem.wanted:
-            packed = found["output"]
-            slope = (
-                Draw(packed.device.type, seed=2).normal(*packed.shape).to(out.dtype) if packed.ndim else packed * 0 + 1
-            )
-            leaves = [bound.leaves[name] for name in problem.wanted]
-            gradients = torch.autograd.grad(out, leaves, bound.inward(slope))
-            # attention's leaves have the output's layout, all others the problem's own
-            found |= {f"grad {name}": bound.outward(d) for name, d in zip(problem.wanted, gradients, strict=True)}
+    def check(self, name: str, provider: Provider, half_only: bool) -> Tensor:
+        """The output of the timed problem without dropout.
+
+        Raises:
+            Refused: the provider differs; in lower precision its float32 twin is judged first.
+        """
+        if self.dtype != torch.float32 and self.small.problem.wanted and not half_only:
+            self.small(f"{name} in float32", provider, torch.float32)
+        self.small(name, provider, self.dtype)
+        return self.timed(f"{name}, as timed", provider, self.dtype)["output"]
+
+
+class Judge:
+    """A problem and its true results, made when they are first asked for."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype):
+        self.problem, self.dtype, self.once = problem, dtype, Once()
+
+    def __call__(self, name: str, provider: Provider, dtype: torch.dtype) -> Tensors:
+        truth = self.once("truth", lambda: by_sequences(self.problem, _reference, torch.float64))
+        same = None
+        if dtype != torch.float32 and self.problem.wanted:
+            same = self.once("same", lambda: by_sequences(self.problem, torch_eager, dtype))
+            if same["output"].ndim == 0:
+                same["output"] = same["output"].to(dtype)  # what a loss was computed in
+        found = outcome(self.problem, provider, dtype)
+        judge(name, found, truth, same)
         return found
 
-    def check(self, name: str, provider: Provider, half_only: bool) -> None:
-        """Raise `Refused` where the provider differs; in lower precision its float32 twin is judged first."""
-        if self.same is not None and not half_only:
-            judge(f"{name} in float32", self.outcome(provider, torch.float32), self.truth)
-        judge(name, self.outcome(provider, self.dtype), self.truth, self.same)
+
+def _reference(problem, tensors, dropout):
+    return Bound(tensors, lambda: problem.call(reference, tensors))
+
+
+def outcome(problem: Problem, provider: Provider, dtype: torch.dtype, rows: slice = slice(None)) -> Tensors:
+    """Output and gradients, in the packed layout; `rows` of the whole problem are those that this one is a part of."""
+    tensors = problem.cast(dtype)
+    if problem.op == "lamb_step":
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    bound = provider(problem, tensors, 0.0)
+    out = bound.run()
+    found = {"output": bound.outward(out.detach())}
+    if problem.wanted:
+        packed = found["output"]
+        slope = packed * 0 + 1
+        if packed.ndim:  # the same for a row, whatever part of the problem it is seen in
+            width = packed[0].numel()
+            start = (rows.start or 0) * width
+            slope = torch.arange(start, start + packed.numel(), device=packed.device).double()
+            slope = (slope * 2.399963).sin().view(packed.shape).to(out.dtype)
+        leaves = [bound.leaves[name] for name in problem.wanted]
+        gradients = torch.autograd.grad(out, leaves, bound.inward(slope))
+        # attention's leaves have the output's layout, all others the problem's own
+        found |= {f"grad {name}": bound.outward(d) for name, d in zip(problem.wanted, gradients, strict=True)}
+    return found
+
+
+def by_sequences(problem: Problem, provider: Provider, dtype: torch.dtype) -> Tensors:
+    """`outcome`; that of attention from a few sequences at a time, because these providers keep all scores."""
+    if problem.op != "attention":
+        return outcome(problem, provider, dtype)
+    borders = problem.tensors["cu_seqlens"]
+    cuts, longest = borders.tolist(), problem.options["max_seqlen"]
+    count = max(SCORES // (longest**2 * problem.tensors["q"].shape[1]), 1)
+    parts = []
+    for first in range(0, len(cuts) - 1, count):
+        last = min(first + count, len(cuts) - 1)
+        rows = slice(cuts[first], cuts[last])
+        tensors = {name: problem.tensors[name][rows] for name in "qkv"}
+        tensors["cu_seqlens"] = borders[first : last + 1] - borders[first]
+        parts.append(outcome(replace(problem, tensors=tensors), provider, dtype, rows))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def judge_dropout(name: str, dropped: Tensor, exact: Tensor) -> None:
+    """Raise Refused where dropout leaves the output as it is without: 0.1 moves it by about a third of its size."""
+    moved = float((dropped.double() - exact.double()).norm() / exact.double().norm())
+    if not moved > 0.05:
+        raise Refused(f"{name}: dropout moves the output by {moved:.1%} of its size: it does not act")
 
 
 def build(name: str, provider: Provider, problem: Problem, gate: Gate, direction: str) -> Callable[[], object]:
     """Judge a provider, then its call: forward as in training, backward alone, or both."""
     on_gpu = next(iter(problem.tensors.values())).is_cuda
-    if not on_gpu and name in ("liger", "varlen_attn", "flash-attn", "sdpa efficient", "sdpa cudnn"):
+    if not on_gpu and name in GPU_ONLY:
         raise Refused(f"{name}: needs a GPU")
     # a backward that is captured must have had its forward on the stream that captures
     with alone_on_side_stream() if on_gpu else nullcontext():
-        gate.once(name, lambda: gate.check(name, provider, on_gpu and name in HALF_ONLY))
+        exact = gate.once(name, lambda: gate.check(name, provider, on_gpu and name in HALF_ONLY))
         bound = provider(problem, problem.cast(gate.dtype), problem.dropout)
+        if problem.dropout:
+            judge_dropout(name, bound.outward(bound.run().detach()), exact)
         leaves = [bound.leaves[wanted] for wanted in problem.wanted]
         if direction == "fwd":
             return bound.run
@@ -270,10 +360,26 @@ def build(name: str, provider: Provider, problem: Problem, gate: Gate, direction
     return lambda: torch.autograd.grad(out, leaves, slope, retain_graph=True)
 
 
-def baseline_of(case: OpCase, device: str) -> str:
+def warm(case: OpCase, dtype: torch.dtype, tokens: int, device: str) -> None:
+    """Every call that minibert makes in a case, for its compilations: as the gate makes it, and as it is timed."""
+    small, drawn = case.make(gate_sizes(case), dtype.itemsize, Draw(device)), sizes_of(case, tokens)
+    for problem, precision, dropout in (
+        (small, torch.float32, False), (small, dtype, False),
+        (case.make(drawn, dtype.itemsize, Draw(device)), dtype, False),
+        (case.make(drawn, dtype.itemsize, Draw(device)), dtype, True),
+    ):  # fmt: skip
+        bound = minibert(problem, problem.cast(precision), problem.dropout * dropout, "triton")
+        out = bound.run()
+        if problem.wanted:
+            torch.autograd.grad(out, [bound.leaves[name] for name in problem.wanted], torch.zeros_like(out))
+
+
+def baseline_of(case: OpCase, device: str, dtype: torch.dtype) -> str:
     if case.op != "attention":
         return "torch eager"
-    # flash takes no mask on a GPU
+    # FlashAttention-2 where its packed form runs; SDPA's takes no mask on a GPU
+    if device == "cuda" and case.fill != "full" and dtype != torch.float32:
+        return "torch flash varlen"
     return "sdpa flash" if case.fill == "full" or device == "cpu" else "sdpa efficient"
 
 
@@ -284,13 +390,13 @@ def cases(
     """A case for every line of the table, precision and direction."""
     for dtype in dtypes:
         for case in table:
-            gate = Gate(case, dtype, device)
             problem = case.make(sizes_of(case, tokens), dtype.itemsize, Draw(device))
+            gate = Gate(case, dtype, device, problem)
             for direction, work in problem.works.items():
                 yield Case(
                     suite="kernels", name=f"{case.op} {case.name}",
                     labels={"dtype": str(dtype).removeprefix("torch."), "direction": direction},
-                    work=work, baseline=baseline_of(case, device), clock=on_device,
+                    work=work, baseline=baseline_of(case, device, dtype), clock=on_device,
                     providers={
                         name: partial(build, name, provider, problem, gate, direction)
                         for name, provider in providers_of(case.op, backend).items() if only(name)

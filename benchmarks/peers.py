@@ -1,7 +1,7 @@
 """What minibert is compared with, each with its usual calls: transformers, ONNX Runtime, sentence-transformers.
 
-An encoder is `prepare(sequences)`, outside the clock; `run(inputs)`, what is timed; `states(output, inputs)`, the last
-hidden states of the real tokens, [T, D], for the gate.
+An encoder is `prepare(sequences, types)`, outside the clock; `run(inputs)`, what is timed; `states(output, inputs)`,
+the last hidden states of the real tokens, [T, D], for the gate. `types` are token_type_ids, or None for zeros.
 """
 
 import copy
@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .gate import Refused
 class Encoder:
     """See the module."""
 
-    prepare: Callable[[list[np.ndarray]], Any]
+    prepare: Callable[..., Any]
     run: Callable[[Any], Any]
     states: Callable[[Any, Any], Tensor]
 
@@ -88,20 +89,22 @@ def minibert(place: Place, **compiled: Any) -> Encoder:
     """Packed batches, as the tokenizer's lists are packed; `compiled` are options of torch.compile."""
     model = minibert_model(place)
     run = compiled_call(model, **compiled)
-    return Encoder(lambda ids: pack(ids).to(place.device), run, lambda output, batch: output.last_hidden_state)
+    return Encoder(
+        lambda ids, types=None: pack(ids, types).to(place.device), run, lambda output, batch: output.last_hidden_state
+    )
 
 
 def minibert_padded(place: Place) -> Encoder:
     """The drop-in call: Hugging Face's layout in and out, packed and unpacked inside the clock."""
     model = minibert_model(place)
-    return Encoder(lambda ids: padded(ids, place.device), lambda batch: model(**batch), masked_states)
+    return Encoder(partial(padded, device=place.device), lambda batch: model(**batch), masked_states)
 
 
 def transformers(place: Place, attention: str = "sdpa", **compiled: Any) -> Encoder:
     """transformers' BertModel, batches padded to their longest; `compiled` are options of torch.compile."""
     model = hf_model("BertModel", place, attention, add_pooling_layer=True).eval()
     run = compiled_call(model, **compiled)
-    return Encoder(lambda ids: padded(ids, place.device), lambda batch: run(**batch), masked_states)
+    return Encoder(partial(padded, device=place.device), lambda batch: run(**batch), masked_states)
 
 
 def hf_model(name: str, place: Place, attention: str, dropout: float = 0.0, **options: Any) -> nn.Module:
@@ -141,7 +144,7 @@ def onnx_runtime(place: Place) -> Encoder:
         return session.run(None, {name: value.numpy() for name, value in batch.items() if name in names})
 
     return Encoder(
-        lambda ids: padded(ids, "cpu"), run,
+        partial(padded, device="cpu"), run,
         lambda output, batch: torch.from_numpy(output[0])[batch["attention_mask"].bool()],
     )  # fmt: skip
 
@@ -151,7 +154,7 @@ def export_onnx(place: Place, file: Path) -> Path:
     import onnx  # noqa: F401  (the exporter's error would not name what is missing)
 
     model = hf_model("BertModel", place, "eager").eval()
-    example = padded([np.arange(1, 8), np.arange(1, 5)], "cpu")
+    example = padded([np.arange(1, 8), np.arange(1, 5)], device="cpu")
     axes = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("length", min=2, max=512)}
     names = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -214,19 +217,30 @@ def sentence_transformers_embedder(place: Place, batch_size: int) -> Embedder:
     ).float()
 
 
-def padded(sequences: list[np.ndarray], device: str) -> dict[str, Tensor]:
+def pair_types(sequences: list[np.ndarray]) -> list[np.ndarray]:
+    """token_type_ids of sequences whose second half is another text, so that who ignores them is seen."""
+    return [(np.arange(len(ids)) >= (len(ids) + 1) // 2).astype(np.int64) for ids in sequences]
+
+
+def padded(sequences: list[np.ndarray], types: list[np.ndarray] | None = None, *, device: str) -> dict[str, Tensor]:
     """input_ids, attention_mask and token_type_ids, [B, longest] int64."""
     lengths = np.array([len(ids) for ids in sequences])
     mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.zeros(mask.shape, dtype=np.int64)
-    ids[mask] = np.concatenate(sequences)
-    ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).long().to(device)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    rows = {"input_ids": sequences, "attention_mask": None, "token_type_ids": types}
+    found = {}
+    for name, values in rows.items():
+        found[name] = np.zeros(mask.shape, dtype=np.int64)
+        if name == "attention_mask":
+            found[name][mask] = 1
+        elif values is not None:
+            found[name][mask] = np.concatenate(values)
+    return {name: torch.from_numpy(array).to(device) for name, array in found.items()}
 
 
-def sequences(batch: Batch) -> list[np.ndarray]:
-    """The token ids of each sequence of a packed batch on the CPU."""
-    return [ids.numpy() for ids in batch.input_ids.split(batch.lengths)]
+def padded_batch(batch: Batch, device: str) -> dict[str, Tensor]:
+    """`padded` of a packed batch on the CPU."""
+    parts = [[part.numpy() for part in x.split(batch.lengths)] for x in (batch.input_ids, batch.token_type_ids)]
+    return padded(*parts, device=device)
 
 
 def masked_states(output, batch) -> Tensor:
@@ -281,7 +295,7 @@ def transformers_trainee(
     call = compiled_call(call, **compiled)
 
     def prepare(batch: Batch):
-        inputs = padded(sequences(batch), place.device)
+        inputs = padded_batch(batch, place.device)
         labels = torch.full((batch.num_tokens,), IGNORE)
         labels[batch.mlm_rows] = batch.mlm_labels
         mask = inputs["attention_mask"].bool().cpu()
@@ -338,7 +352,7 @@ class TransformersTask(nn.Module):
             self.drop = nn.Dropout(drop)
 
     def forward(self, batch: Batch) -> Output:
-        inputs = padded(sequences(batch), "cpu")
+        inputs = padded_batch(batch, "cpu")
         if not self.joint:
             return Output(logits=self.model(**inputs).logits)
         found = self.model(**inputs)

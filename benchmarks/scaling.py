@@ -73,6 +73,7 @@ def cases(
             case = Case(
                 suite="scaling", name=f"{axis} {value}", baseline="transformers sdpa", providers=builds,
                 labels={"axis": axis, "value": value, "dtype": str(dtype).removeprefix("torch.")},
+                elsewhere=axis == "processes",
                 work=Work(tokens=processes * sum(sizes), sequences=processes * len(sizes), flops=flops),
             )  # fmt: skip
             try:
@@ -97,7 +98,8 @@ class Ranks:
             RuntimeError: one of them ended, or was not ready in `START` seconds.
         """
         name, place = self.arguments[:2]
-        training.check(name, training.PROVIDERS[name], place, self.reference)
+        batch = training.random_batch(np.array(self.arguments[3]), self.arguments[2].vocab_size)
+        training.check(name, training.PROVIDERS[name], place, self.reference, batch)
         context, self.folder = mp.get_context("spawn"), tempfile.TemporaryDirectory()
         for rank in range(self.processes):
             ours, theirs = context.Pipe()
@@ -145,7 +147,7 @@ def _member(rank, pipe, meet, name, place, config, sizes, processes):
             "nccl" if on_gpu else "gloo", init_method=f"file://{meet}", rank=rank, world_size=processes
         )
         batch = training.random_batch(np.array(sizes), config.vocab_size, seed=rank)
-        step = training.steps(training.PROVIDERS[name], place, [batch], parallel)
+        step = training.steps(training.with_dropout(training.PROVIDERS[name], place), place, [batch], parallel)
         step()
         pipe.send("ready")
         while pipe.recv() == "step":

@@ -34,7 +34,13 @@ def build(make, place, reference, name="candidate"):
 def broken(place, fault) -> peers.Encoder:
     """transformers' encoder with one fault."""
     model = peers.hf_model("BertModel", place, "sdpa").eval()
-    encoder = peers.Encoder(lambda ids: peers.padded(ids, "cpu"), lambda batch: model(**batch), peers.masked_states)
+    prepare = partial(peers.padded, device="cpu")
+    encoder = peers.Encoder(prepare, lambda batch: model(**batch), peers.masked_states)
+    if fault == "types":
+        return replace(encoder, prepare=lambda ids, types=None: prepare(ids))
+    if fault == "long batch":  # as the timed one is, and the gate's own is not
+        return replace(encoder, prepare=lambda ids, types=None: prepare(*(
+            [part[: len(part) - (len(ids) > 6)] for part in x] for x in (ids, types))))  # fmt: skip
     if fault == "mask":
         full = lambda batch: batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}  # noqa: E731
         states = lambda output, batch: peers.masked_states(output, batch)  # noqa: E731
@@ -78,7 +84,7 @@ def test_the_unbroken_copy_is_accepted(place, reference):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("fault", ("mask", "gelu", "bias"))
+@pytest.mark.parametrize("fault", ("mask", "gelu", "bias", "types"))
 def test_what_computes_something_else_is_refused_by_name(fault, dtype, place):
     place = replace(place, dtype=dtype)
     reference = inference.Reference(place)
@@ -91,9 +97,8 @@ def test_what_computes_something_else_is_refused_by_name(fault, dtype, place):
 def test_what_embeds_texts_is_timed_and_another_pooling_is_refused(make, dtype, place):
     place = replace(place, dtype=dtype)
     reference = inference.Reference(place)
-    texts = reference.texts
     make = partial(make, batch_size=2)
-    found = inference.build_embedder("candidate", make, place, reference, texts, Once())()
+    found = inference.build_embedder("candidate", make, place, reference, [reference.ids], Once())()
     assert found.shape == (6, CONFIG.hidden_size)
 
     def first_token(place):
@@ -101,7 +106,36 @@ def test_what_embeds_texts_is_timed_and_another_pooling_is_refused(make, dtype, 
         return lambda texts: model(peers.pack([inference.framed(i) for i in reference.words])).pooler_output
 
     with pytest.raises(Refused, match="the first token.*: embeddings differs by"):
-        inference.build_embedder("the first token", first_token, place, reference, texts, Once())
+        inference.build_embedder("the first token", first_token, place, reference, [reference.ids], Once())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_what_is_wrong_on_a_timed_batch_alone_is_refused(dtype, place):
+    place = replace(place, dtype=dtype)
+    reference, timed = inference.Reference(place), [np.arange(1, 10)] * 7
+    make = partial(broken, fault="long batch")
+    with pytest.raises(Refused, match=r"cuts, as timed: states has shape \[56"):
+        inference.build("cuts", lambda place: make(place), place, reference, [timed], Once())
+    inference.build("cuts", lambda place: make(place), place, reference, [timed[:6]], Once())
+
+
+def faulty_trainee(place, dropout, fault):
+    """minibert's, with what shows only while it is timed."""
+    trainee = peers.minibert_trainee(place, 0.0 if fault == "no dropout" else dropout)
+    if fault == "frozen" and dropout:
+        trainee.model.bert.encoder.layers[0].requires_grad_(False)
+    return trainee
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(
+    ("fault", "message"), [("no dropout", "dropout moves grad .* does not act"), ("frozen", "has no gradient")]
+)
+def test_a_step_without_dropout_or_with_frozen_layers_is_refused(fault, message, dtype, place):
+    place = replace(place, dtype=dtype)
+    batches = [training.random_batch(np.array([5, 9, 7]), CONFIG.vocab_size)]
+    with pytest.raises(Refused, match=message):
+        training.build("it", partial(faulty_trainee, fault=fault), place, training.Reference(place), batches, Once())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

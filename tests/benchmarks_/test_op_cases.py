@@ -1,16 +1,19 @@
 """The kernel suite: who computes an op is timed, who computes something else is refused by name."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import minibert_kernels
-from benchmarks import cases, kernels
+from benchmarks import cases, kernels, training
 from benchmarks.cases import BOTH, TABLE, TINY, Draw
 from benchmarks.gate import Refused
 from benchmarks.kernels import Bound, Gate
 from benchmarks.measure import Peaks, measure
+from minibert.config import BertConfig
 from minibert_kernels import roofline, traffic
 
 PEAKS = Peaks(flops=1e18, bytes=1e18)
@@ -21,8 +24,14 @@ def case_of(op, **changes):
     return found
 
 
-def judged(op, provider, dtype=torch.float32, name="candidate"):
-    Gate(case_of(op), dtype, "cpu").check(name, provider, half_only=False)
+def gate_of(op, dtype, tokens=32):
+    case = case_of(op)
+    problem = case.make(cases.sizes_of(case, tokens), dtype.itemsize, Draw("cpu"))
+    return Gate(case, dtype, "cpu", problem), problem
+
+
+def judged(op, provider, dtype=torch.float32, name="candidate", tokens=32):
+    return gate_of(op, dtype, tokens)[0].check(name, provider, half_only=False)
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.op)
@@ -78,6 +87,56 @@ def test_what_computes_something_else_is_refused_by_name(fault, dtype):
         judged(op, provider, dtype, f"a wrong {fault}")
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_what_is_wrong_on_the_timed_tensors_alone_is_refused(dtype):
+    def cuts(problem, tensors, dropout):
+        def attend(q, k, v, mask):
+            if len(q) > 6:  # more sequences than the gate's own problem has
+                v = torch.cat([v[:6], v[6:] * 0])
+            return kernels.plain_attention(q, k, v, mask, 0.0)
+
+        return kernels.padded_attention(problem, tensors, attend)
+
+    with pytest.raises(Refused, match="cuts, as timed: output differs by"):
+        judged("attention", cuts, dtype, "cuts", tokens=8 * 16)
+    judged("attention", cuts, dtype, "cuts", tokens=6 * 16)
+
+
+def test_results_of_some_sequences_at_a_time_are_those_of_all(monkeypatch):
+    _, problem = gate_of("attention", torch.float32, tokens=7 * 16)
+    whole = kernels.by_sequences(problem, kernels._reference, torch.float64)
+    monkeypatch.setattr(kernels, "SCORES", 2 * 16 * 16)
+    parts = kernels.by_sequences(problem, kernels._reference, torch.float64)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], msg=name)
+
+
+def test_who_is_timed_with_dropout_has_to_drop():
+    gate, problem = gate_of("attention", torch.float32)
+    problem = replace(problem, dropout=0.1)
+
+    def forgets(problem, tensors, dropout):
+        return kernels.torch_eager(problem, tensors, 0.0)
+
+    kernels.build("by hand", kernels.torch_eager, problem, gate, "fwd")
+    with pytest.raises(Refused, match="forgets: dropout moves the output by 0.0%"):
+        kernels.build("forgets", forgets, problem, gate, "fwd")
+
+
+def test_sequences_of_many_lengths_with_dropout_come_first():
+    assert all("varlen" in case.name and "dropout" in case.name and case.fill != "full" for case in TABLE[:3])
+    sizes = cases.sizes_of(TABLE[0], 65536)
+    assert 0.8 < sizes.sum() / 65536 < 1.1 and sizes.max() <= 512 and len(set(sizes)) > 100
+
+
+def test_a_step_has_the_flops_that_mfu_is_predicted_with():
+    config, length, count = BertConfig.preset("bert-base", vocab_size=30528), 128, 32
+    predicted = round(0.15 * count * length)
+    ours = training.step_flops(config, [length] * count, predicted) - 6 * count * config.hidden_size**2  # the pooler
+    theirs = roofline.model_flops(roofline.MODELS["bert-base"], length) * count * length
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
 def test_a_wrong_gradient_is_refused_though_the_output_is_right():
     class Doubled(torch.autograd.Function):
         @staticmethod
@@ -96,12 +155,11 @@ def test_what_needs_a_gpu_says_so_here():
     rows = [
         row
         for one in kernels.cases(table=[case_of("attention")], dtypes=[torch.float32], tokens=32,
-                                 only=lambda name: name in ("varlen_attn", "flash-attn", "sdpa cudnn"))
+                                 only=lambda name: name in kernels.GPU_ONLY)
         for row in measure(one, rounds=1, peaks=PEAKS)
     ]  # fmt: skip
-    assert [row["refused"] for row in rows] == 2 * [
-        f"{n}: needs a GPU" for n in ("sdpa cudnn", "varlen_attn", "flash-attn")
-    ]
+    wanted = {f"{name}: needs a GPU" for name in kernels.GPU_ONLY if name != "liger"}
+    assert len(rows) == 2 * len(wanted) and {row["refused"] for row in rows} == wanted
 
 
 def test_bytes_and_flops_are_those_a_hand_computes():
