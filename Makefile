@@ -46,6 +46,6 @@ bench: $(SETUP)
 
 # for a machine with a GPU and no network: nothing is installed
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks gpu --minutes $(or $(MINUTES),9)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --minutes $(or $(MINUTES),9)
 
 .PHONY: demo test test-latest fuzz faults lint xray bench gpu

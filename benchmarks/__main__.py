@@ -75,6 +75,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         verb.add_argument("--longest", type=positive, default=512, help="longer texts are cut here")
         verb.add_argument("--batch-size", type=positive, default=None)
         verb.add_argument("--batches", type=positive, default=None, help="of a run")
+        verb.add_argument("--step-tokens", nargs="+", type=positive, default=None, metavar="TOKENS",
+                          help="train: of a step, in place of --batch-size (default on a GPU "
+                          f"{' '.join(map(str, training.STEP_TOKENS))}: fewer may measure Python)")  # fmt: skip
         verb.add_argument(
             "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), default=["float32", "bfloat16"]
         )
@@ -139,7 +142,10 @@ def read(paths) -> dict:
                 "seconds", "refused"} & set(row):  # fmt: skip
                 fail(f"{path}: row {number} has no suite, case and provider, or neither seconds nor refused")
         records.append(record)
-    return report.merge(records)
+    try:
+        return report.merge(records)
+    except ValueError as error:
+        fail(str(error))
 
 
 def run(args) -> dict:
@@ -162,7 +168,8 @@ def run(args) -> dict:
             record["peaks"][label] = asdict(measure.probe(getattr(torch, dtype), args.device))
         peaks = measure.Peaks(**record["peaks"][label])
         rows = measure.measure(case, rounds=rounds, peaks=peaks, say=lambda line: print(line, file=sys.stderr))
-        record["rows"] += [row | {key: options[key] for key in TOLD[case.suite]} for row in rows]
+        work = {name: value for name in ("tokens", "sequences") if (value := getattr(case.work, name))}
+        record["rows"] += [row | {"work": work} | {key: options[key] for key in TOLD[case.suite]} for row in rows]
         record["machine"]["afterwards"] = measure.condition()
         write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
     if not record["rows"]:
@@ -229,6 +236,7 @@ def suite_cases(args):
         "batch_size": args.batch_size or (8 if args.quick else 32),
         "num_batches": args.batches or (1 if args.quick else 2),
     }  # fmt: skip
+    step_tokens = args.step_tokens or (training.STEP_TOKENS if on_gpu and not args.batch_size else ())
     for suite in wanted:
         if suite == "kernels":
             table = [
@@ -245,21 +253,24 @@ def suite_cases(args):
         else:
             module, kind = MODEL_SUITES[suite]
             with tempfile.TemporaryDirectory() as folder:
-                yield from module.cases(peers.random_weights(config, Path(folder), kind), config, **options)
+                own = {"step_tokens": step_tokens} if suite == "train" else {}
+                yield from module.cases(peers.random_weights(config, Path(folder), kind), config, **options, **own)
         torch.set_num_threads(cores)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     if args.compare:
-        lines, slower = report.compare(*(read([path]) for path in args.compare))
+        try:
+            lines, slower = report.compare(*(read([path]) for path in args.compare))
+        except ValueError as error:
+            fail(str(error))
         print("\n".join(lines or ["no change beyond the noise"]))
         return 1 if slower else 0
     if args.verb == "gpu":
         if not args.dry_run and not torch.cuda.is_available():
             fail("gpu needs a CUDA device: there is none (--dry-run runs on a CPU)")
-        results = gpu.run_all(args.out.resolve(), dry=args.dry_run, minutes=args.minutes)
-        return 1 if any(result["outcome"] != "ok" for result in results) else 0
+        return gpu.exit_code(gpu.run_all(args.out.resolve(), dry=args.dry_run, minutes=args.minutes))
     if args.verb == "finetune":
         tasks(args)
         return 0

@@ -1,8 +1,11 @@
 """One command for a machine with a GPU and no network: `python -m benchmarks gpu [--dry-run] [--minutes 9]`.
 
-Every stage is a process of its own with a share of the time. When it ends, its result is written; a stage that fails or
-takes too long is recorded, and the next one runs. The last thing printed is a summary under SUMMARY characters.
+Every stage is a process of its own with a share of the time, in the order of STAGES: what is right before what is fast.
+Each writes what it has finished as it goes; one that fails or is late is ended, recorded, and the next one runs. The
+last thing printed is a summary under SUMMARY characters, and it is on disk after each stage.
 `--dry-run` does all of it on a CPU, at toy size, with the kernels in Triton's interpreter.
+
+This file imports the standard library alone: what is missing is said in the first line, before anything fails for it.
 """
 
 import argparse
@@ -13,14 +16,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-from minibert.files import write_atomically
-
-from . import measure, report
+from . import shared_work
 
 ROOT = Path(__file__).parent.parent
 SUMMARY = 10_000
@@ -30,6 +30,26 @@ SMALL = {  # what --tiny makes of a model
 }  # fmt: skip
 SQUAD = "squad_v1.1_dev_question_context_pairs"
 RESULT = "result.json"
+NEEDED = ("torch", "triton", "numpy", "einops", "tokenizers", "safetensors", "pytest")
+WELCOME = ("transformers", "matplotlib", "flash_attn", "transformer_engine", "liger_kernel", "pynvml")
+MINUTES = 9.0
+# the order, and of nine minutes each one's; what a stage leaves goes to the later ones
+STAGES = {
+    "environment": 0.3,  # versions, ptxas, peaks
+    "compile": 1.3,  # all that follows, on all cores, into one cache
+    "correctness": 1.4,  # groups of tests, bfloat16 at d = 64 first
+    "kernels": 1.7,  # the table, varlen with dropout first
+    "host": 0.3,  # what a call costs the CPU
+    "train": 0.9,
+    "infer": 0.5,
+    "kernels-compiled": 0.5,  # and whoever needs torch.compile
+    "train-compiled": 0.6,
+    "pretraining": 0.5,  # a loss curve
+    "profile": 0.2,
+    "plans": 0.8,  # a search for better launch plans
+}
+CORRECTNESS = "correctness"
+VITAL = "environment"  # where it fails there is no GPU to go on with
 
 
 @dataclass(frozen=True)
@@ -42,107 +62,162 @@ class Stage:
 
 
 def stages(folder: Path, dry: bool) -> list[Stage]:
-    """What runs, in order: what is right before what is fast."""
+    """What runs, in order."""
 
-    def own(name, minutes):
-        return Stage(name, minutes, ["-m", "benchmarks.gpu", name, str(folder / name), *["--dry-run"] * dry])
+    def own(name):
+        return own_command(name, folder / name, dry)
 
-    def suite(verb, minutes, *options, name=None):
-        place = str(folder / (name or verb))
-        return Stage(name or verb, minutes, ["-m", "benchmarks", verb, "--quick", "--out", place, *options])
+    def suite(name, *options):
+        return ["-m", "benchmarks", name.split("-")[0], "--quick", "--out", str(folder / name), *options]
 
     toy = "bert-tiny --tiny --batch-size 2 --longest 32 --rounds 2 --dtype float32 --lengths half"
-    real = "bert-base --batch-size 64 --batches 4 --dtype bfloat16 --lengths half full " + SQUAD
+    real = "bert-base --dtype bfloat16 --lengths half full " + SQUAD
     model = ["--backend", "triton", "--model", *(toy if dry else real).split()]
     kernels = ["--backend", "triton", "--dtype", *("float32 --tiny --rounds 2" if dry else "bfloat16").split()]
-    eager = ["--only", f"^((?!compiled|overhead|flex{'|onnx|sentence' * dry}).)*$"]  # what compiles comes last
-    compiled = ["--lengths", "half", "--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead|flex"]
-    tests = ["tests/kernels/test_philox.py"] if dry else ["-m", "gpu", "tests/kernels", "tests/train"]
-    return [
-        own("environment", 0.3),
-        Stage("tests", 1.3, ["-m", "pytest", "-q", "--junitxml", str(folder / "tests" / "junit.xml"), *tests]),
-        suite("kernels", 1.2, *kernels, *eager),
-        own("plans", 0.8),
-        suite("train", 0.6, *model, *eager),
-        suite("infer", 0.4, *model, *eager),
-        own("pretraining", 3.0),
-        own("profile", 0.3),
-        suite("train", 0.5, *model, *compiled, name="train-compiled"),
-        suite("infer", 0.3, *model, *compiled, name="infer-compiled"),
-        suite("kernels", 0.6, *kernels, *compiled[2:], name="kernels-compiled"),
-    ]
+    few = ["--only", "^minibert$|^transformers sdpa$" if dry else "^minibert(, padded call)?$|sdpa(, masked rows)?$"]
+    eager = ["--only", "^((?!compiled|overhead|flex).)*$"]  # what compiles comes last
+    compiled = ["--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead|flex"]
+    steps = [] if dry else ["--step-tokens", "16384"]
+    commands = {
+        "kernels": suite("kernels", *kernels, *eager),
+        "host": suite("host") if find_spec("benchmarks.host") else None,
+        "train": suite("train", *model, *([] if dry else ["--batches", "2"]), *few),
+        "infer": suite("infer", *model, *([] if dry else ["--batch-size", "64", "--batches", "4"]), *few),
+        "kernels-compiled": suite("kernels-compiled", *kernels, *compiled),
+        "train-compiled": suite("train-compiled", *model, "--lengths", "half", *compiled, *steps),
+    }
+    made = {name: commands.get(name, own(name)) for name in STAGES}
+    return [Stage(name, STAGES[name], command) for name, command in made.items() if command]
 
 
-def run(stage: Stage, limit: float, folder: Path, environment: dict) -> dict:
-    """Run a stage for at most `limit` seconds; what became of it, with the records it wrote."""
+def own_command(name: str, folder: Path, dry: bool) -> list[str]:
+    """Of one of OWN."""
+    return ["-m", "benchmarks.gpu", "--stage", name, "--out", str(folder), *["--dry-run"] * dry]
+
+
+def preflight() -> str:
+    """The first line: which packages are missing, and what for."""
+    needed, welcome = ([name for name in names if find_spec(name) is None] for names in (NEEDED, WELCOME))
+    said = "missing and needed: " + ", ".join(needed) if needed else "nothing that is needed is missing"
+    return said + (f"; not here, so not compared with or drawn: {', '.join(welcome)}" if welcome else "")
+
+
+def shares(plan: list[Stage], minutes: float) -> str:
+    """The order of the stages and what each may take."""
+    total = sum(stage.minutes for stage in plan)
+    parts = (f"{stage.name} {60 * minutes * stage.minutes / total:.0f} s" for stage in plan)
+    return f"{minutes:g} minutes: " + ", ".join(parts)
+
+
+def run(stage: Stage, limit: float, folder: Path, environment: dict) -> str:
+    """Run a stage for at most `limit` seconds, and say what became of it."""
     (folder / stage.name).mkdir(parents=True, exist_ok=True)
-    log, start = folder / stage.name / "log.txt", time.perf_counter()
-    with log.open("wb") as file:
+    with (folder / stage.name / "log.txt").open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         try:
             code = process.wait(limit)
-            outcome = "ok" if code == 0 else f"failed with exit code {code}"
+            return "ok" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
-            outcome = f"stopped after {limit:.0f} s"
+            return f"cut off after {limit:.0f} s"
         finally:
             with suppress(ProcessLookupError):  # what it started goes with it
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def result_of(stage: Stage, outcome: str, folder: Path) -> dict:
+    """What a stage left on disk."""
     records = {}
     for path in sorted((folder / stage.name).glob("*.json")):
         with suppress(ValueError):
             record = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(record, dict) and {"rows", "lines"} & set(record):
                 records[path.stem] = record
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return {"stage": stage.name, "outcome": outcome, "seconds": round(time.perf_counter() - start, 1),
-            "command": ["python", *stage.command], "records": records, "log": text[-4000:]}  # fmt: skip
+    text = (folder / stage.name / "log.txt").read_text(encoding="utf-8", errors="replace")
+    return {"stage": stage.name, "outcome": outcome, "command": ["python", *stage.command], "records": records,
+            "log": text[-4000:]}  # fmt: skip
 
 
-def run_all(folder: Path, *, dry: bool = False, minutes: float = 9, plan: list[Stage] | None = None) -> list[dict]:
+def kernels_in(environment: dict) -> int:
+    """How many compiled kernels Triton's cache holds."""
+    return sum(1 for _ in Path(environment["TRITON_CACHE_DIR"]).glob("*/*.cubin"))
+
+
+def run_all(
+    folder: Path, *, dry: bool = False, minutes: float = MINUTES, plan: list[Stage] | None = None
+) -> list[dict]:
     """Every stage, each with its share of the time that is left; results are written as they come."""
-    plan, results, end = plan or stages(folder, dry), [], time.perf_counter() + 60 * minutes
+    end = time.perf_counter() + 60 * minutes
+    print(preflight(), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan, results = plan or stages(folder, dry), []
+    print(shares(plan, minutes), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running stage is ended too
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    environment.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     if dry:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         run_stages(plan, results, folder, end, environment)
     finally:
-        text = conclude(results, folder)
-    print("\n" + text)
+        print("\n" + conclude(results, folder), flush=True)
     return results
 
 
 def run_stages(plan: list[Stage], results: list[dict], folder: Path, end: float, environment: dict) -> None:
     for index, stage in enumerate(plan):
         share = stage.minutes / sum(later.minutes for later in plan[index:])
-        limit = max(end - time.perf_counter(), 0) * share
-        environment["STAGE_SECONDS"] = str(round(limit))
-        results.append(run(stage, limit, folder, environment))
-        write_atomically(folder / f"{stage.name}.json", json.dumps(results[-1], indent=1) + "\n")
-        print(f"{stage.name}: {results[-1]['outcome']}, {results[-1]['seconds']} s", flush=True)
+        start, cached, outcome = time.perf_counter(), kernels_in(environment), "interrupted"
+        limit = max(end - start, 0) * share
+        own = {"STAGE_SECONDS": str(round(limit))} | ({"TRITON_INTERPRET": "0"} if stage.name == "compile" else {})
+        try:
+            outcome = run(stage, limit, folder, environment | own)
+        finally:  # also of a stage that ends with all
+            spent = {"seconds": round(time.perf_counter() - start, 1), "compiled": kernels_in(environment) - cached}
+            results.append(result_of(stage, outcome, folder) | spent)
+            shared_work.save(folder / f"{stage.name}.json", results[-1])
+            (folder / "summary.txt").write_text(summary(results), encoding="utf-8")
+        print(heading(results[-1]), flush=True)
+        if stage.name == VITAL and outcome != "ok":
+            break
+
+
+def exit_code(results: list[dict]) -> int:
+    """1 where a stage failed, or no test of a kernel passed; to be cut off is no failure."""
+    failed = any(result["outcome"].startswith("failed") for result in results)
+    groups = [group for result in results if result["stage"] == CORRECTNESS
+              for record in result["records"].values() for group in record.get("groups", {}).values()]  # fmt: skip
+    tested = not any(result["stage"] == CORRECTNESS for result in results) or any(group["passed"] for group in groups)
+    return int(failed or not tested or any(group["failed"] for group in groups))
 
 
 def conclude(results: list[dict], folder: Path) -> str:
     """Write the record of all suites, its page, and the summary, which is returned."""
+    text = summary(results)
+    (folder / "summary.txt").write_text(text, encoding="utf-8")
     suites = []
     for result in results:
         for record in result["records"].values():
             if "rows" in record:
                 suites.append(record | {"rows": [row | {"stage": result["stage"]} for row in record["rows"]]})
     if suites:
+        from . import measure, report
+
         merged = report.merge(suites)
-        write_atomically(
-            folder / f"{measure.place_and_date(merged['machine'])}.json", json.dumps(merged, indent=1) + "\n"
-        )
-        report.write_html(merged, folder / "report.html")
-    text = summary(results)
-    write_atomically(folder / "summary.txt", text)
+        shared_work.save(folder / f"{measure.place_and_date(merged['machine'])}.json", merged)
+        try:
+            report.write_html(merged, folder / "report.html")
+        except ImportError as error:
+            print(f"no report.html: not installed: {error.name}")
     return text
+
+
+def heading(result: dict) -> str:
+    compiled = f", {result['compiled']} kernels compiled" if result.get("compiled") else ""
+    return f"{result['stage']}: {result['outcome']}, {result['seconds']} s{compiled}"
 
 
 def summary(results: list[dict]) -> str:
@@ -150,7 +225,7 @@ def summary(results: list[dict]) -> str:
     texts = []
     for result in results:
         lines = [line for record in result["records"].values() for line in _lines(record)]
-        if result["outcome"] != "ok" or not lines:
+        if result["outcome"].startswith("failed") and result["stage"] != CORRECTNESS or not lines:
             lines += result["log"].strip().splitlines()[-8:]
         texts.append("\n".join(line[:400] for line in lines))
     room = SUMMARY - 120 * len(results)  # headings, and what is said of more
@@ -163,9 +238,7 @@ def summary(results: list[dict]) -> str:
         if len(text) > share:
             text = text[:share].rsplit("\n", 1)[0] + f"\n… more in {results[number]['stage']}.json"
         room -= len(text)
-        parts[number] = (
-            f"== {results[number]['stage']}: {results[number]['outcome']}, {results[number]['seconds']} s\n{text}\n"
-        )
+        parts[number] = f"== {heading(results[number])}\n{text}\n"
     return "".join(parts.values())
 
 
@@ -178,27 +251,108 @@ def _lines(record) -> list[str]:
         where = ", ".join(str(row[name]) for name in ("case", "direction", "dtype") if row.get(name))
         shares = [row[name] for name in ("matrix_share", "bandwidth_share") if name in row]
         if "refused" in row:
-            text = f"not timed ({row['refused'][:40]})"
+            text = f"– ({row['refused'].removeprefix(row['provider'] + ': ')[:40]})"
         else:
-            text = report.duration(row["seconds"]) + (f" {max(shares):.0%}" if shares else "")
+            text = _duration(row["seconds"]) + (f" {max(shares):.0%}" if shares else "")
         cases.setdefault(where, []).append(f"{row['provider']} {text}")
     return record.get("lines") or [f"{where}: {'; '.join(texts)}" for where, texts in cases.items()]
 
 
+def _duration(seconds: float) -> str:
+    from .report import duration
+
+    return duration(seconds)
+
+
 def environment(folder: Path, dry: bool) -> dict:
-    """The machine and its peaks."""
-    device = "cpu" if dry else "cuda"
+    """The machine and its peaks.
+
+    Raises:
+        RuntimeError: there is no CUDA device.
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from . import measure
+
+    if not dry and not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device")
     facts, peaks = measure.machine(), {}
     for dtype in (torch.float32,) if dry else (torch.bfloat16, torch.float16, torch.float32):
-        peaks[str(dtype).removeprefix("torch.")] = asdict(measure.probe(dtype, device))
+        peaks[str(dtype).removeprefix("torch.")] = asdict(measure.probe(dtype, "cpu" if dry else "cuda"))
     name = facts.get("gpu", {}).get("name", facts["cpu"])
     lines = [f"{name}, {', '.join(f'{package} {version}' for package, version in facts['versions'].items())}"]
     lines += [f"{dtype}: {p['flops'] / 1e12:.1f} TFLOP/s, {p['bytes'] / 1e9:.0f} GB/s" for dtype, p in peaks.items()]
     return {"machine": facts, "peaks": peaks, "lines": lines}
 
 
+def seconds_left(margin: float) -> float:
+    """Of this stage, when it began."""
+    return max(float(os.environ.get("STAGE_SECONDS", 60)) - margin, 1)
+
+
+def compile_all(folder: Path, dry: bool) -> dict:
+    """Compile what later stages launch, in a process a core."""
+    processes = 1 if dry else os.cpu_count()
+
+    def result():
+        rows = shared_work.rows(folder)
+        failed = [f"FAILED {row['item']}: {row['why']}" for row in rows if row["outcome"] == "failed"]
+        cache = {"TRITON_CACHE_DIR": os.environ["TRITON_CACHE_DIR"]}
+        line = (
+            f"{kernels_in(cache)} kernels in the cache, {processes} processes, {len(rows)} calls, {len(failed)} failed"
+        )
+        return {"lines": [line, *failed]}
+
+    command = own_command("compile-worker", folder, dry)
+    keep = lambda: shared_work.save(folder / RESULT, result())  # noqa: E731
+    shared_work.run(command, folder, processes, seconds_left(3), keep)
+    return result()
+
+
+def compile_worker(folder: Path, dry: bool) -> None:
+    """One process of `compile_all`: tests first, then what the suites call, then the tests of the last group."""
+    from . import correctness, warm
+
+    def units():
+        for name, call in warm.units(dry):
+            if shared_work.claim(folder, name):
+                with warm.compile_only() as failed, suppress(Exception):
+                    call()
+                outcome = {"outcome": "failed", "why": "; ".join(failed)} if failed else {"outcome": "passed"}
+                shared_work.add(folder, {"item": name} | outcome)
+                if correctness.context_is_lost():
+                    os._exit(3)
+
+    correctness.work(folder, dry, compiling=True, between=units)
+    units()
+
+
+def correct(folder: Path, dry: bool) -> dict:
+    """The kernels' tests, by group, in a few processes."""
+    from .correctness import summary as groups
+
+    command = own_command("correctness-worker", folder, dry)
+    keep = lambda: shared_work.save(folder / RESULT, groups(folder))  # noqa: E731
+    shared_work.run(command, folder, 1 if dry else 4, seconds_left(3), keep)
+    found = groups(folder)
+    if any(group["failed"] for group in found["groups"].values()):
+        shared_work.save(folder / RESULT, found)
+        raise SystemExit(1)
+    return found
+
+
+def correctness_worker(folder: Path, dry: bool) -> None:
+    from . import correctness
+
+    correctness.work(folder, dry, compiling=False)
+
+
 def profile(folder: Path, dry: bool) -> dict:
     """Where the time of a pretraining step goes."""
+    import torch
+
     from minibert import BertForPreTraining
     from minibert.config import BertConfig
     from minibert.profile import Options, profile_step, synthetic_batch
@@ -216,20 +370,40 @@ def profile(folder: Path, dry: bool) -> dict:
     return {"lines": lines + [f"{r['op'][:60]}: {r['self_ms']:.3f} ms, {r['share']:.1%}" for r in result["ops"][:15]]}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """One stage of this project's own, in this process."""
-    from . import plans, pretraining
+def plans(folder: Path, dry: bool) -> dict:
+    from .plans import search
 
-    own = {"environment": environment, "plans": plans.search, "pretraining": pretraining.run, "profile": profile}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="one stage of `gpu`")
-    parser.add_argument("stage", choices=own)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dry-run", action="store_true")
+    return search(folder, dry)
+
+
+def pretraining(folder: Path, dry: bool) -> dict:
+    from .pretraining import run as train
+
+    return train(folder, dry)
+
+
+OWN = {
+    "environment": environment, "compile": compile_all, "compile-worker": compile_worker, CORRECTNESS: correct,
+    "correctness-worker": correctness_worker, "plans": plans, "pretraining": pretraining, "profile": profile,
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """All stages; or, in this process, one of this project's own."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--stage", choices=OWN, help="this one alone, in this process")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for the results (default runs/gpu)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at toy size, kernels in the interpreter")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     args = parser.parse_args(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    result = own[args.stage](args.folder, args.dry_run)
-    write_atomically(args.folder / RESULT, json.dumps(result, indent=1) + "\n")
-    print("\n".join(result["lines"]))
+    folder = args.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.stage is None:
+        return exit_code(run_all(folder, dry=args.dry_run, minutes=args.minutes))
+    result = OWN[args.stage](folder, args.dry_run)
+    if result is not None:
+        shared_work.save(folder / RESULT, result)
+        print("\n".join(result["lines"]))
     return 0
 
 

@@ -1,14 +1,19 @@
 """The command for a machine with a GPU: all its stages at toy size, and what happens when one goes wrong."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, shared_work
 from benchmarks.__main__ import main
 from benchmarks.gpu import Stage
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(gpu.ROOT), str(gpu.ROOT / "kernels")])}
 
 
 def test_dry_run_goes_through_every_stage(tmp_path, capsys):
@@ -19,8 +24,11 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
         stage.name: json.loads((tmp_path / f"{stage.name}.json").read_text()) for stage in gpu.stages(tmp_path, True)
     }
     assert {name: found["outcome"] for name, found in outcomes.items()} == dict.fromkeys(outcomes, "ok")
-    assert all(found["records"] for name, found in outcomes.items() if name != "tests")
-    suites = [outcomes[name] for name in ("kernels", "train", "infer", "train-compiled", "infer-compiled")]
+    assert all(found["records"] for found in outcomes.values())
+    assert outcomes["compile"]["compiled"] >= 6 and not outcomes["kernels"]["compiled"]
+    groups = outcomes["correctness"]["records"]["result"]["groups"]
+    assert groups and all(group["passed"] and not group["failed"] for group in groups.values())
+    suites = [outcomes[name] for name in ("kernels", "train", "infer", "kernels-compiled", "train-compiled")]
     rows = [row for suite in suites for record in suite["records"].values() for row in record["rows"]]
     timed = [row for row in rows if row["provider"].startswith("minibert")]
     assert len(timed) >= 15 and not [row for row in timed if "refused" in row]
@@ -29,26 +37,77 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
     assert (tmp_path / "pretraining" / "curve.svg").exists()
 
 
+def test_what_is_right_comes_before_what_is_fast_and_the_shares_are_nine_minutes(tmp_path):
+    order = list(gpu.STAGES)
+    assert order[:4] == ["environment", "compile", "correctness", "kernels"] and order[-1] == "plans"
+    assert sum(gpu.STAGES.values()) == pytest.approx(gpu.MINUTES)
+    said = gpu.shares(gpu.stages(tmp_path, True), 9)
+    assert said.startswith("9 minutes: environment ") and said.index("train ") < said.index("plans ")
+    assert [stage.name for stage in gpu.stages(tmp_path, True)] == [
+        name for name in order if name != "host" or gpu.find_spec("benchmarks.host")
+    ]
+
+
+def test_the_first_line_says_what_is_missing_and_nothing_that_may_be_is_imported_before(tmp_path):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'numpy', 'triton', 'minibert', 'einops')));"
+        "from benchmarks import gpu; gpu.find_spec = lambda name: None if name in ('einops', 'flash_attn') else name;"
+        f"from pathlib import Path; gpu.run_all(Path({str(tmp_path)!r}), plan=[])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True, check=True)
+    first = done.stdout.splitlines()[0]
+    assert first == "missing and needed: einops; not here, so not compared with or drawn: flash_attn"
+    assert gpu.preflight().startswith("nothing that is needed is missing")
+
+
 def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_runs(tmp_path, capsys):
     write = "import json, sys; json.dump({'lines': ['seen ' + str(i) for i in range(9999)]}, open(sys.argv[1], 'w'))"
-    (tmp_path / "good").mkdir()
+    for name in ("good", "slow"):
+        (tmp_path / name).mkdir()
+    early = write.replace("9999", "2") + "; sys.stdout.flush(); import time; time.sleep(60)"
     plan = [
         Stage("bad", 1, ["-c", "raise SystemExit('no such kernel')"]),
-        Stage("slow", 1, ["-c", "import time; time.sleep(60)"]),
+        Stage("slow", 1, ["-c", early, str(tmp_path / "slow" / "result.json")]),
         Stage("good", 8, ["-c", write, str(tmp_path / "good" / "result.json")]),
     ]
     results = gpu.run_all(tmp_path, minutes=0.2, plan=plan)
-    assert [found["outcome"].split(" after")[0] for found in results] == ["failed with exit code 1", "stopped", "ok"]
+    assert [found["outcome"].split(" after")[0] for found in results] == ["failed with exit code 1", "cut off", "ok"]
     text = (tmp_path / "summary.txt").read_text()
-    assert len(text) < gpu.SUMMARY and "no such kernel" in text and "seen 0\n" in text
+    assert len(text) < gpu.SUMMARY and "no such kernel" in text and text.count("seen 0\n") == 2
     assert "… more in good.json" in text
     assert capsys.readouterr().out.endswith(text + "\n")
+    assert gpu.exit_code(results) == 1 and gpu.exit_code(results[1:]) == 0
+
+
+def test_without_its_gpu_nothing_else_runs(tmp_path):
+    plan = [Stage(gpu.VITAL, 1, ["-c", "raise SystemExit(1)"]), Stage("next", 1, ["-c", "pass"])]
+    assert [found["stage"] for found in gpu.run_all(tmp_path, minutes=0.5, plan=plan)] == [gpu.VITAL]
+
+
+def test_what_was_finished_is_summed_up_when_all_is_ended(tmp_path):
+    stage = "import json, sys, time; json.dump({'lines': ['half of it']}, open(sys.argv[1], 'w')); print('up'); "
+    stage += "sys.stdout.flush(); time.sleep(60)"
+    code = (
+        "from benchmarks import gpu; from pathlib import Path; "
+        f"here = Path({str(tmp_path)!r}); (here / 'long').mkdir(); "
+        f"gpu.run_all(here, plan=[gpu.Stage('long', 1, ['-c', {stage!r}, str(here / 'long' / 'result.json')])])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=gpu.ROOT, stdout=subprocess.PIPE, text=True)
+    log, end = tmp_path / "long" / "log.txt", time.monotonic() + 60
+    while not (log.exists() and log.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "== long: interrupted" in printed and "half of it" in printed
+    assert json.loads((tmp_path / "long.json").read_text())["outcome"] == "interrupted"
+
+
+def result(stage="short", lines=(), **facts):
+    return {"stage": stage, "outcome": "ok", "seconds": 1.0, "log": "", "records": {"r": {"lines": lines}}} | facts
 
 
 def test_what_short_stages_leave_of_the_summary_others_get():
-    def result(stage, lines):
-        return {"stage": stage, "outcome": "ok", "seconds": 1.0, "log": "", "records": {"r": {"lines": lines}}}
-
     long = [f"line {i}".ljust(99) for i in range(500)]
     text = gpu.summary([result("short", ["brief"]), result("one", long), result("two", long)])
     assert len(text) < gpu.SUMMARY
@@ -57,13 +116,24 @@ def test_what_short_stages_leave_of_the_summary_others_get():
     assert min(len(one), len(two)) > 0.47 * (gpu.SUMMARY - 450)
 
 
+def test_a_failed_group_is_a_failure_and_so_is_that_no_test_was_reached():
+    def tested(**count):
+        return result("correctness", records={"result": {"lines": [], "groups": {"attention": count}}})
+
+    assert gpu.exit_code([tested(passed=3, failed=0)]) == 0
+    assert gpu.exit_code([tested(passed=3, failed=1)]) == 1
+    assert gpu.exit_code([tested(passed=0, failed=0)]) == 1
+    assert gpu.exit_code([result("correctness", outcome="cut off after 1 s")]) == 1
+
+
 def test_a_case_is_one_line_of_the_summary_with_all_its_providers():
     rows = [
         {"case": "attention S=128", "direction": "fwd", "dtype": "bfloat16", "provider": "minibert", "seconds": 3e-5,
          "matrix_share": 0.2, "bandwidth_share": 0.8},
-        {"case": "attention S=128", "direction": "fwd", "dtype": "bfloat16", "provider": "liger", "refused": "why"},
+        {"case": "attention S=128", "direction": "fwd", "dtype": "bfloat16", "provider": "liger",
+         "refused": "liger: why"},
     ]  # fmt: skip
-    assert gpu._lines({"rows": rows}) == ["attention S=128, fwd, bfloat16: minibert 30 µs 80%; liger not timed (why)"]
+    assert gpu._lines({"rows": rows}) == ["attention S=128, fwd, bfloat16: minibert 30 µs 80%; liger – (why)"]
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -76,5 +146,103 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 def test_it_asks_for_no_package_that_an_image_for_cuda_may_lack():
     lacking = ("rich", "jsonargparse", "yaml", "datasets", "sklearn", "onnx", "onnxruntime", "sentence_transformers")
     code = f"import sys; sys.modules.update(dict.fromkeys({lacking!r})); import benchmarks.__main__, benchmarks.plans, "
-    code += "benchmarks.pretraining, minibert.profile"
-    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, check=True)
+    code += "benchmarks.pretraining, benchmarks.warm, minibert.profile"
+    subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, env=ENVIRONMENT, check=True)
+
+
+# a worker over items that pass, fail, end their process, and never end
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from benchmarks import shared_work
+folder = Path(sys.argv[1])
+for item in ("one", "dies", "two", "hangs", "three"):
+    if shared_work.claim(folder, item):
+        if item == "dies":
+            os.kill(os.getpid(), 9)
+        if item == "hangs":
+            time.sleep(600)
+        shared_work.add(folder, {"item": item, "outcome": "passed"})
+"""
+
+
+def test_processes_share_items_and_one_that_dies_or_hangs_costs_one_item(tmp_path, monkeypatch):
+    monkeypatch.chdir(gpu.ROOT)
+    calls = []
+    shared_work.run(
+        ["-c", WORKER, str(tmp_path)], tmp_path, 2, 8, lambda: calls.append(len(shared_work.rows(tmp_path)))
+    )
+    found = {row["item"]: row for row in shared_work.rows(tmp_path)}
+    assert {item: row["outcome"] for item, row in found.items()} == {
+        "one": "passed", "two": "passed", "three": "passed", "dies": "failed",
+    }  # fmt: skip
+    assert found["dies"]["why"] == "the process ended with code -9"
+    assert shared_work.is_claimed(tmp_path, "hangs") and calls[-1] == 4
+
+
+def test_a_command_that_cannot_start_is_not_tried_for_ever(tmp_path, monkeypatch):
+    monkeypatch.chdir(gpu.ROOT)
+    start = time.monotonic()
+    shared_work.run(["-c", "raise SystemExit(1)"], tmp_path, 2, 60, lambda: None)
+    assert time.monotonic() - start < 30
+
+
+TESTS = """
+import os
+import pytest
+@pytest.fixture
+def device():
+    return "cpu"
+@pytest.mark.parametrize("dtype", ["torch.float16"])
+def test_low(dtype): pass
+def test_on_the_device(device): pass
+def test_wrong(device): assert 1 == 2, "one is not two"
+def test_elsewhere(): pass
+"""
+
+
+def test_groups_name_what_passed_failed_or_was_not_reached(tmp_path):
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--fuzz')")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    code = (
+        "from pathlib import Path; from benchmarks import correctness as c; c.DRY_PATHS = ['test_it.py'];"
+        f"c.work(Path({str(folder)!r}), dry=True, compiling=False); import json;"
+        f"print(json.dumps(c.summary(Path({str(folder)!r}))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: {what: n for what, n in group.items() if n} for name, group in found["groups"].items()} == {
+        "other ops, float16": {"passed": 1}, "edge cases": {"passed": 1, "failed": 1},
+    }  # fmt: skip
+    [failure] = [line for line in found["lines"] if line.startswith("FAILED")]
+    assert "test_wrong" in failure and "one is not two" in failure
+    assert "edge cases: 1 passed, 1 failed" in found["lines"]
+
+
+WARM = """
+import sys, torch
+from benchmarks import warm
+import minibert_kernels
+x = torch.zeros({rows}, 64, dtype=torch.bfloat16)
+with warm.compile_only() as failed:
+    minibert_kernels.bias_gelu(x, torch.zeros(64, dtype=torch.bfloat16), backend="triton")
+assert not failed, failed
+try:
+    minibert_kernels.bias_gelu(x, torch.zeros(64, dtype=torch.bfloat16), backend="triton")
+except ValueError as error:
+    assert "needs CUDA tensors" in str(error)
+else:
+    raise SystemExit("the patch stayed")
+"""
+
+
+def test_what_a_launch_specialises_is_compiled_once_into_the_cache_and_nothing_is_launched(tmp_path):
+    environment = ENVIRONMENT | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    counts = []
+    for rows in (32, 32):
+        code = WARM.format(rows=rows)
+        subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, env=environment, check=True)
+        counts.append(gpu.kernels_in(environment))
+    assert counts == [1, 1]
