@@ -12,6 +12,7 @@ parameters, in bytes a token.
 """
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -56,7 +57,10 @@ class Traffic:
     def bytes(self) -> int:
         return sum(self.launches)
 
-    def touch(self, program, pointers, mask) -> None:
+    def begin_launch(self, launch) -> None:
+        pass
+
+    def touch(self, program, pointers, mask, size, writes) -> None:
         if program != self._program:
             self._close_program()
             self._program = program
@@ -67,7 +71,7 @@ class Traffic:
             self._programs.append(np.unique(np.concatenate(self._current), return_counts=True))
         self._program, self._current = None, []
 
-    def close_launch(self) -> None:
+    def end_launch(self) -> None:
         self._close_program()
         if self._programs:
             sectors, counts = (np.concatenate(column) for column in zip(*self._programs, strict=True))
@@ -77,31 +81,76 @@ class Traffic:
         self._programs = []
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its arguments by name, and the number of programs on each axis."""
+
+    kernel: str
+    arguments: dict
+    grid: tuple
+
+
+@contextmanager
+def observed(observer):
+    """Show an observer every load, store and atomic of the kernels run inside, in the interpreter.
+
+    Args:
+        observer: has `begin_launch(launch)`, `end_launch()` and `touch(program, pointers, mask, size, writes)`: index of
+            the program, addresses and which of them are used (arrays of one shape), bytes of an element, and whether
+            they are written. An exception of its stops the kernel before the access.
+    """
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    names = "create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas"
+    originals = {name: getattr(builder, name) for name in names} | {"__call__": executor.__call__}
+
+    def touch(builder, pointers, mask, writes):
+        mask = np.ones_like(pointers.data, dtype=bool) if mask is None else mask.data
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        observer.touch(builder.grid_idx, pointers.data, np.broadcast_to(mask, pointers.data.shape), size, writes)
+
+    def load(self, pointers, mask, *rest):
+        touch(self, pointers, mask, False)
+        return originals["create_masked_load"](self, pointers, mask, *rest)
+
+    def store(self, pointers, value, mask, *rest):
+        touch(self, pointers, mask, True)
+        return originals["create_masked_store"](self, pointers, value, mask, *rest)
+
+    def update(self, operation, pointers, value, mask, *rest):
+        touch(self, pointers, mask, True)
+        return originals["create_atomic_rmw"](self, operation, pointers, value, mask, *rest)
+
+    def exchange(self, pointers, *rest):
+        touch(self, pointers, None, True)
+        return originals["create_atomic_cas"](self, pointers, *rest)
+
+    def launch(self, *args, **kwargs):
+        known = {name: value for name, value in kwargs.items() if name in self.arg_names}
+        arguments = inspect.signature(self.fn).bind_partial(*args, **known).arguments
+        observer.begin_launch(Launch(self.fn.__name__, dict(arguments), tuple(self.grid)))
+        try:
+            originals["__call__"](self, *args, **kwargs)
+        finally:
+            observer.end_launch()
+
+    try:
+        for name, hook in zip(names, (load, store, update, exchange), strict=True):
+            setattr(builder, name, hook)
+        executor.__call__ = launch
+        yield observer
+    finally:
+        executor.__call__ = originals.pop("__call__")
+        for name, original in originals.items():
+            setattr(builder, name, original)
+
+
 @contextmanager
 def counted():
     """A `Traffic` that sees every load and store of the kernels run inside."""
-    from triton.runtime import interpreter
-
-    traffic, builder, executor = Traffic(), interpreter.InterpreterBuilder, interpreter.GridExecutor
-    originals = builder.create_masked_load, builder.create_masked_store, executor.__call__
-
-    def load(self, ptrs, mask, *rest):
-        traffic.touch(self.grid_idx, ptrs.data, mask.data)
-        return originals[0](self, ptrs, mask, *rest)
-
-    def store(self, ptrs, value, mask, *rest):
-        traffic.touch(self.grid_idx, ptrs.data, mask.data)
-        return originals[1](self, ptrs, value, mask, *rest)
-
-    def launch(self, *args, **kwargs):
-        originals[2](self, *args, **kwargs)
-        traffic.close_launch()
-
-    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, launch
-    try:
+    with observed(Traffic()) as traffic:
         yield traffic
-    finally:
-        builder.create_masked_load, builder.create_masked_store, executor.__call__ = originals
 
 
 @dataclass(frozen=True, kw_only=True)
