@@ -95,8 +95,8 @@ def observed(observer):
     """Show an observer every load, store and atomic of the kernels run inside, in the interpreter.
 
     Args:
-        observer: has `begin_launch(launch)`, `end_launch()` and `touch(program, pointers, mask, size, writes)`: index of
-            the program, addresses and which of them are used (arrays of one shape), bytes of an element, and whether
+        observer: has `begin_launch(launch)`, `end_launch()` and `touch(program, pointers, mask, size, writes)`: index
+            of the program, addresses and which of them are used (arrays of one shape), bytes of an element, and whether
             they are written. An exception of its stops the kernel before the access.
     """
     from triton.runtime import interpreter

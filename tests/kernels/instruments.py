@@ -1,11 +1,11 @@
 """Instruments on Triton's interpreter: what a kernel that gives the right values on a small case may still do wrong.
 
-    guarded()           an access outside of the memory that a launch was given
-    without_races()     two programs touch an address, and one of them writes
-    few_programs()      of a long grid or loop only both ends: what a call with 2**31 elements does there
-    architecture(...)   the launch plans of another GPU
-    bfloat16()          bfloat16, whose bits the interpreter would multiply as integers
-    planted(...)        a kernel with another line of source, to see that an instrument finds the fault
+guarded()           an access outside of the memory that a launch was given
+without_races()     two programs touch an address, and one of them writes
+few_programs()      of a long grid or loop only both ends: what a call with 2**31 elements does there
+architecture(...)   the launch plans of another GPU
+bfloat16()          bfloat16, whose bits the interpreter would multiply as integers
+planted(...)        a kernel with another line of source, to see that an instrument finds the fault
 """
 
 import builtins
@@ -239,9 +239,7 @@ def bfloat16():
         for name in ("binary_op", "unary_op", "create_fma", "create_clampf", "create_erf", "create_rsqrt"):
             patch.setattr(builder, name, arithmetic(getattr(builder, name)))
         patch.setattr(builder, "create_dot", dot)
-        patch.setattr(
-            builder, "get_bf16", lambda self, value: handle(to_bfloat16([value]), tl.bfloat16), raising=False
-        )
+        patch.setattr(builder, "get_bf16", lambda self, value: handle(to_bfloat16([value]), tl.bfloat16), raising=False)
         patch.setattr(dispatch, "_missing", lambda *_: None)
         yield
 
@@ -256,7 +254,7 @@ def planted(kernel, old, new, folder):
         folder: for the file of the new source, which the interpreter reads.
     """
     source = inspect.getsource(kernel.fn)
-    assert source.count(old) == 1, f"{kernel.fn.__name__} has {old!r} {source.count(old)} times: the fault needs another place"
+    assert source.count(old) == 1, f"{kernel.fn.__name__} has {old!r} {source.count(old)} times: choose another place"
     path = folder / f"{kernel.fn.__name__}.py"
     path.write_text(source.replace(old, new))
     # the module's own names: a function that it calls is planted in the same way

@@ -1,6 +1,7 @@
 """Outputs of more than 2**31 elements: an op is called with so many rows, of which the interpreter runs the first and
-the last. All rows are the same row of the input, expanded (for attention, the same sequence and head), so the last row of a result must hold the bits of the first;
-memory in between is never touched. An offset in int32 wraps around: the guard refuses the access by name.
+the last. All rows are the same row of the input, expanded (for attention, the same sequence and head), so the last row
+of a result must hold the bits of the first; memory in between is never touched. An offset in int32 wraps around: the
+guard refuses the access by name.
 
 Two ops cannot get there: the logits of linear_cross_entropy come in chunks of 64 MiB, and the tokens of mlm_mask are
 counted in int32 by `cu_seqlens`.
@@ -23,9 +24,9 @@ COLS = 4096
 ROWS = FAR // COLS + 7
 
 
-def rows(cols=COLS, count=None, dtype=torch.float16, seed=0):
+def rows(cols=COLS, count=None, seed=0):
     """[count, cols] of one row, which takes no memory; more than 2**31 elements by default."""
-    row = torch.randn(1, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    row = torch.randn(1, cols, generator=torch.Generator().manual_seed(seed)).half()
     return row.expand(count or FAR // cols + 7, cols)
 
 
@@ -33,8 +34,8 @@ def vector(cols=COLS, seed=5):
     return torch.randn(cols, generator=torch.Generator().manual_seed(seed))
 
 
-def same(count, value=0):
-    return torch.full((1,), value).expand(count)
+def same(count):
+    return torch.zeros(1, dtype=torch.int64).expand(count)
 
 
 def attention_call(num_heads, size, max_seqlen, batch, **more):
@@ -51,7 +52,8 @@ def norm_parameters():
 
 
 WIDE = 2 * COLS
-SMALL = torch.randn(3, COLS, generator=torch.Generator().manual_seed(1)).half()
+GROUPS = torch.arange(ROWS) // segment.ROWS  # few rows of a table share a key, else the sum of all would take long
+TABLE = rows(count=ROWS // segment.ROWS + 1, seed=2)
 CALLS = {
     "dropout_add_norm": lambda: (
         kernels.dropout_add_norm, {"x": rows(), "residual": rows(seed=1), "rows": same(ROWS)} | norm_parameters(),
@@ -62,11 +64,11 @@ CALLS = {
     "bias_swiglu": lambda: (kernels.bias_swiglu, {"x": rows(WIDE, ROWS), "bias": vector(WIDE)}, {}),
     "embed_norm": lambda: (
         kernels.embed_norm,
-        {"ids": same(ROWS), "type_ids": same(ROWS), "positions": same(ROWS), "rows": same(ROWS), "word": SMALL,
-         "position": SMALL, "type": SMALL} | norm_parameters(),
+        {"ids": GROUPS, "type_ids": GROUPS, "positions": None, "rows": same(ROWS), "word": TABLE, "position": None,
+         "type": TABLE} | norm_parameters(),
         {"dropout": 0.1, "seed": SEED},
     ),
-    "select_rows": lambda: (kernels.select_rows, {"x": SMALL, "rows": same(ROWS)}, {}),
+    "select_rows": lambda: (kernels.select_rows, {"x": TABLE, "rows": GROUPS}, {}),
     "pack": lambda: (
         kernels.pack, {"x": rows().view(ROWS, 1, COLS), "mask": torch.ones(ROWS, 1, dtype=torch.bool)},
         {"num_tokens": ROWS},
@@ -125,7 +127,8 @@ def test_a_table_of_more_than_2_31_elements_gets_the_sums_of_its_last_rows(monke
 def test_a_parameter_of_more_than_2_31_elements_is_updated_to_its_end(tmp_path):
     size = FAR + 3 * 16384 + 5
     step = {}
-    for name, dtype in zip(("params", "grads", "exp_avgs", "exp_avg_sqs"), [torch.float16] * 2 + [torch.float32] * 2):
+    dtypes = {"params": torch.float16, "grads": torch.float16, "exp_avgs": torch.float32, "exp_avg_sqs": torch.float32}
+    for name, dtype in dtypes.items():
         step[name] = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=dtype)
         values = torch.rand(7, generator=torch.Generator().manual_seed(len(step))).to(dtype)
         step[name][:7] = step[name][-7:] = values  # zeros elsewhere, which the file does not hold
