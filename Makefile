@@ -20,7 +20,7 @@ faults: $(SETUP)
 # minutes, and gigabytes the first time: the newest release of every dependency that setup.py allows, without constraints
 LATEST ?= .venv-latest
 test-latest: $(LATEST)/.installed
-	$(LATEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" tests/kernels tests/model tests/parity tests/test_hub.py
+	$(LATEST)/bin/python -m pytest -n 2 -m "not slow and not gpu" tests/kernels tests/model tests/parity tests/test_hub.py tests/test_install.py
 
 $(LATEST)/.installed: setup.py
 	$(PYTHON) -m venv $(LATEST)
