@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from minibert_kernels import dispatch
+
 
 @pytest.fixture
 def device():
@@ -17,3 +19,30 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter exchanges all functions of its language at each call of a function from a kernel, although
+    the launch has done so: milliseconds each, more than half of the time of these tests. Once is enough."""
+    if not dispatch.interpreting():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    done = set()
+
+    def call(self, *args, **kwargs):
+        names = self.fn.__globals__
+        languages = frozenset(name for name in ("tl", "core") if name in names)
+        if languages - {"tl"} - done:  # Triton's own functions, which it never takes back
+            interpreter._patch_lang(self.fn)
+            done.update(languages)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
