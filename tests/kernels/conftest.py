@@ -1,5 +1,7 @@
 """Fixtures of the kernel tests."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -23,8 +25,9 @@ def poisoned():
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Triton's interpreter exchanges all functions of its language at each call of a function from a kernel, although
-    the launch has done so: milliseconds each, more than half of the time of these tests. Once is enough."""
+    """Without what takes half of the interpreter's time and has no effect: it exchanges all functions of its language
+    at each call of a function from a kernel, although the launch has done so, and computes whether integers overflow,
+    which it asserts in its debug mode alone."""
     if not dispatch.interpreting():
         yield
         return
@@ -45,4 +48,6 @@ def quick_interpreter():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+        patch.setattr(interpreter.interpreter_builder, "options", options)
         yield
