@@ -22,7 +22,6 @@ from minibert_kernels import dispatch, launch
 from minibert_kernels._triton import tl
 from minibert_kernels.traffic import observed
 
-ARCHITECTURES = (80, 90, 100, 120)
 PACKAGE = "minibert_kernels"
 
 
@@ -43,9 +42,10 @@ def replaced(old, new):
 
 @dataclass
 class Launches:
-    """Remembers what was launched; the base of the other observers."""
+    """Remembers what was launched, and how often a plan asked for the architecture; the base of other observers."""
 
     seen: list = field(default_factory=list)
+    asked: int = 0
 
     def begin_launch(self, launch):
         self.seen.append(launch)
@@ -173,13 +173,18 @@ def few_programs(ends=4, limit=64):
 def architecture(capability, float32=False):
     """The launch plans of a GPU of this capability; those of its float32 tensors too, where the interpreter takes the
     larger ones of 16-bit tensors by default. Yields the `Launches`, whose tiles a test should look at."""
-    from minibert_kernels import attention
+    launches = Launches()
+
+    def found(device):
+        launches.asked += 1
+        return capability
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(launch.capability, lambda device: capability))
+        stack.enter_context(replaced(launch.capability, found))
         if float32:
-            stack.enter_context(replaced(vars(sys.modules[attention.__module__])["_element_size"], lambda q: 4))
-        yield stack.enter_context(observed(Launches()))
+            module = sys.modules[f"{PACKAGE}.attention"]
+            stack.enter_context(replaced(module._element_size, lambda q: 4))
+        yield stack.enter_context(observed(launches))
 
 
 def to_float32(bits):
@@ -245,25 +250,27 @@ def bfloat16():
 
 
 @contextmanager
-def planted(kernel, old, new, folder):
-    """Run the package with another text in the source of one kernel or function of a kernel.
+def planted(kernel, changes, folder):
+    """Run the package with other source in one kernel, or function of a kernel.
 
     Args:
         kernel: the `@triton.jit` function.
-        old, new: the text, which occurs once, and what stands there instead.
+        changes: {text that occurs once: what stands there instead}.
         folder: for the file of the new source, which the interpreter reads.
     """
     source = inspect.getsource(kernel.fn)
-    assert source.count(old) == 1, f"{kernel.fn.__name__} has {old!r} {source.count(old)} times: choose another place"
+    for old, new in changes.items():
+        count = source.count(old)
+        assert count == 1, f"{kernel.fn.__name__} has {old!r} {count} times: plant the fault in another place"
+        source = source.replace(old, new)
     path = folder / f"{kernel.fn.__name__}.py"
-    path.write_text(source.replace(old, new))
-    # the module's own names: a function that it calls is planted in the same way
-    names = sys.modules[kernel.fn.__module__].__dict__
-    before = names[kernel.fn.__name__]
+    path.write_text(source)
+    # with the names of its module: what it calls, and what a test has replaced there
+    names, name = sys.modules[kernel.fn.__module__].__dict__, kernel.fn.__name__
     try:
-        exec(compile(path.read_text(), str(path), "exec"), names)
-        faulty = names[kernel.fn.__name__]
+        exec(compile(source, str(path), "exec"), names)
+        faulty = names[name]
     finally:
-        names[kernel.fn.__name__] = before
+        names[name] = kernel
     with replaced(kernel, faulty):
         yield
