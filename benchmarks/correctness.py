@@ -24,8 +24,9 @@ GROUPS = (
     ATTENTION_64, "other ops, {low}", "attention, {low}, other head sizes", "graphs, and the same bits every time",
     "offsets beyond 2**31", "other tests that need a GPU", "edge cases",
 )  # fmt: skip
-COMPILED = GROUPS[:4]  # before what other stages launch
-EDGES = GROUPS[-1]
+OFFSETS, EDGES = GROUPS[4], GROUPS[-1]
+# what the stage `compile` does, in order: groups, and by the beginning of their names units of `warm`
+COMPILED = (*GROUPS[:2], "kernels", "training", GROUPS[3], GROUPS[2], "plans", EDGES)
 SEEDS = 5  # of a fuzz test
 
 
@@ -36,7 +37,7 @@ def group_of(item: pytest.Item, low: str) -> str | None:
     if item.get_closest_marker("slow") or params.get("fuzz_seed", 0) >= SEEDS:
         return None
     if "2_31" in name:
-        return GROUPS[4] if needs_gpu else None
+        return OFFSETS if needs_gpu else None
     if low in name or str(params.get("dtype", "")) == f"torch.{low}":
         if item.path.stem != "test_attention":
             return GROUPS[1]
@@ -50,32 +51,37 @@ def group_of(item: pytest.Item, low: str) -> str | None:
 
 
 class Worker:
-    """A pytest plugin: this process' part of the tests."""
+    """A pytest plugin: this process' part of the tests; `between` does units of `warm`, by how their names begin."""
 
-    def __init__(self, folder: Path, dry: bool, compiling: bool, between: Callable[[], None] = lambda: None):
-        self.folder, self.dry, self.compiling = folder, dry, compiling
-        self.between, self.low = between, "float16" if dry else "bfloat16"
+    def __init__(self, folder: Path, dry: bool, compiling: bool, between: Callable[[str], None]):
+        self.folder, self.dry, self.compiling, self.between = folder, dry, compiling, between
+        self.low = "float16" if dry else "bfloat16"
         self.groups: dict[str, str] = {}
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        groups: dict[str, list[pytest.Item]] = {group: [] for group in GROUPS}
+        order = [part for part in COMPILED if part in GROUPS] if self.compiling else GROUPS
+        groups: dict[str, list[pytest.Item]] = {group: [] for group in order}
         for item in items:
-            group = group_of(item, self.low)
-            if group and not (self.compiling and group not in (*COMPILED, EDGES)):
+            if (group := group_of(item, self.low)) in groups:
                 groups[group].append(item)
         for group, found in groups.items():
             del found[2 if self.dry else len(found) :]
-            self.groups |= dict.fromkeys((item.nodeid for item in found), group.format(low=self.low))
+            self.groups |= dict.fromkeys((item.nodeid for item in found), group)
         items[:] = [item for found in groups.values() for item in found]
         if shared_work.claim(self.folder, "the list of tests"):
-            shared_work.save(self.folder / "tests.json", self.groups)
+            tests = {item: group.format(low=self.low) for item, group in self.groups.items()}
+            shared_work.save(self.folder / "tests.json", tests)
 
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool:
-        if self.groups[item.nodeid] == EDGES:
-            self.between()
-        if shared_work.claim(self.folder, item.nodeid):
-            self.run(item)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for part in COMPILED if self.compiling else GROUPS:
+            if part not in GROUPS:
+                self.between(part)
+            for item in session.items:
+                if self.groups[item.nodeid] == part and shared_work.claim(self.folder, item.nodeid):
+                    # the far offsets take most of the memory: one at a time
+                    with shared_work.alone(self.folder) if part == OFFSETS else nullcontext():
+                        self.run(item)
         return True
 
     def run(self, item: pytest.Item) -> None:
@@ -92,6 +98,8 @@ class Worker:
         shared_work.add(self.folder, row | {"outcome": outcome, "why": why[:1000]})
         if context_is_lost():
             os._exit(3)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # for the other processes
 
 
 def compiling(wanted: bool):
@@ -124,7 +132,7 @@ def context_is_lost() -> bool:
         return True
 
 
-def work(folder: Path, dry: bool, compiling: bool, between: Callable[[], None] = lambda: None) -> None:
+def work(folder: Path, dry: bool, compiling: bool, between: Callable[[str], None] = lambda part: None) -> None:
     """Run tests until none is left."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--fuzz", str(SEEDS)]
     pytest.main([*options, *(DRY_PATHS if dry else PATHS)], plugins=[Worker(folder, dry, compiling, between)])

@@ -49,7 +49,8 @@ STAGES = {
     "plans": 0.8,  # a search for better launch plans
 }
 CORRECTNESS = "correctness"
-VITAL = "environment"  # where it fails there is no GPU to go on with
+VITAL = "environment"  # where it fails there is no GPU to go on with; it may take PATIENCE times its share
+PATIENCE = 3  # the first to import torch from a cold disk
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def run_stages(plan: list[Stage], results: list[dict], folder: Path, end: float,
     for index, stage in enumerate(plan):
         share = stage.minutes / sum(later.minutes for later in plan[index:])
         start, cached, outcome = time.perf_counter(), kernels_in(environment), "interrupted"
-        limit = max(end - start, 0) * share
+        limit = max(end - start, 0) * share * (PATIENCE if stage.name == VITAL else 1)
         own = {"STAGE_SECONDS": str(round(limit))} | ({"TRITON_INTERPRET": "0"} if stage.name == "compile" else {})
         try:
             outcome = run(stage, limit, folder, environment | own)
@@ -181,7 +182,7 @@ def run_stages(plan: list[Stage], results: list[dict], folder: Path, end: float,
             shared_work.save(folder / f"{stage.name}.json", results[-1])
             (folder / "summary.txt").write_text(summary(results), encoding="utf-8")
         print(heading(results[-1]), flush=True)
-        if stage.name == VITAL and outcome != "ok":
+        if stage.name == VITAL and outcome.startswith("failed"):
             break
 
 
@@ -287,11 +288,6 @@ def environment(folder: Path, dry: bool) -> dict:
     return {"machine": facts, "peaks": peaks, "lines": lines}
 
 
-def seconds_left(margin: float) -> float:
-    """Of this stage, when it began."""
-    return max(float(os.environ.get("STAGE_SECONDS", 60)) - margin, 1)
-
-
 def compile_all(folder: Path, dry: bool) -> dict:
     """Compile what later stages launch, in a process a core."""
     processes = 1 if dry else os.cpu_count()
@@ -300,24 +296,22 @@ def compile_all(folder: Path, dry: bool) -> dict:
         rows = shared_work.rows(folder)
         failed = [f"FAILED {row['item']}: {row['why']}" for row in rows if row["outcome"] == "failed"]
         cache = {"TRITON_CACHE_DIR": os.environ["TRITON_CACHE_DIR"]}
-        line = (
-            f"{kernels_in(cache)} kernels in the cache, {processes} processes, {len(rows)} calls, {len(failed)} failed"
-        )
+        line = f"{kernels_in(cache)} kernels cached, {processes} processes, {len(rows)} calls, {len(failed)} failed"
         return {"lines": [line, *failed]}
 
     command = own_command("compile-worker", folder, dry)
     keep = lambda: shared_work.save(folder / RESULT, result())  # noqa: E731
-    shared_work.run(command, folder, processes, seconds_left(3), keep)
+    shared_work.run(command, folder, processes, shared_work.seconds_left(2), keep)
     return result()
 
 
 def compile_worker(folder: Path, dry: bool) -> None:
-    """One process of `compile_all`: tests first, then what the suites call, then the tests of the last group."""
+    """One process of `compile_all`: tests and what the suites call, as `correctness.COMPILED` orders them."""
     from . import correctness, warm
 
-    def units():
+    def units(wanted: str):
         for name, call in warm.units(dry):
-            if shared_work.claim(folder, name):
+            if name.startswith(wanted) and shared_work.claim(folder, name):
                 with warm.compile_only() as failed, suppress(Exception):
                     call()
                 outcome = {"outcome": "failed", "why": "; ".join(failed)} if failed else {"outcome": "passed"}
@@ -326,7 +320,6 @@ def compile_worker(folder: Path, dry: bool) -> None:
                     os._exit(3)
 
     correctness.work(folder, dry, compiling=True, between=units)
-    units()
 
 
 def correct(folder: Path, dry: bool) -> dict:
@@ -335,7 +328,7 @@ def correct(folder: Path, dry: bool) -> dict:
 
     command = own_command("correctness-worker", folder, dry)
     keep = lambda: shared_work.save(folder / RESULT, groups(folder))  # noqa: E731
-    shared_work.run(command, folder, 1 if dry else 4, seconds_left(3), keep)
+    shared_work.run(command, folder, 1 if dry else 4, shared_work.seconds_left(2), keep)
     found = groups(folder)
     if any(group["failed"] for group in found["groups"].values()):
         shared_work.save(folder / RESULT, found)

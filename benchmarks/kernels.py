@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minibert_kernels
+from minibert.model.encoder import SCHEDULED
 from minibert_kernels import reference
 from minibert_kernels.reference import SequenceLayout
 
@@ -45,7 +46,7 @@ Provider = Callable[[Problem, Tensors, float], Bound]
 
 def minibert(problem: Problem, tensors: Tensors, dropout: float, backend: str = "auto") -> Bound:
     options = {"backend": backend} | ({"dropout": dropout, "seed": 1} if dropout else {})
-    if problem.op == "attention":  # made once a batch, as the encoder does it
+    if problem.op == "attention" and problem.options["max_seqlen"] > SCHEDULED:  # once a batch, as the encoder does it
         options["schedule"] = minibert_kernels.attention_schedule(tensors["cu_seqlens"], len(tensors["q"]))
     return Bound(tensors, lambda: problem.call(minibert_kernels, tensors, **options))
 

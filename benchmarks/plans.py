@@ -4,7 +4,6 @@ It walks from the plan that is there to the fastest of its neighbours, as long a
 other warps, a persistent grid or none. A neighbour that does not fit the chip, or whose result differs, is passed over.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from torch import Tensor
 from minibert_kernels import attention, launch
 
 from .measure import alone_on_side_stream, on_device
-from .shared_work import save
+from .shared_work import save, seconds_left
 
 GAIN = 0.98  # a plan has to take less than this share of the time of the one it replaces
 TILES = (16, 32, 64, 128)
@@ -120,7 +119,7 @@ def search(folder: Path, dry: bool) -> dict:
 
     After each plan what was found so far is written to `folder`.
     """
-    start, budget = time.perf_counter(), float(os.environ.get("STAGE_SECONDS", 60)) * 0.85
+    start, budget = time.perf_counter(), seconds_left(5)
     rounds, length, dtype = (1, 32, torch.float32) if dry else (3, LENGTH, torch.bfloat16)
     name = "interpreter" if dry else torch.cuda.get_device_name()
     found, rows = {}, []

@@ -4,7 +4,6 @@ It shows that a whole model learns with the kernels on this machine, and how fas
 is small, so a long run learns it by heart. The held-out loss says when.
 """
 
-import os
 import tempfile
 import time
 from itertools import islice
@@ -19,10 +18,12 @@ from minibert.tasks.pretraining import evaluate
 from minibert.train.optim import adamw
 from minibert_kernels.philox import fold
 
+from . import shared_work
 from .measure import probe
 from .training import step_flops
 
 ROOT = Path(__file__).parent.parent
+ENDING = 8  # seconds for the last evaluation, the probe and the picture
 LR, WARMUP = 2e-4, 0.1  # the share of the time in which the learning rate rises
 
 
@@ -52,7 +53,6 @@ def parts(folder: Path, vocab_size: int, tokens: int, length: int):
 
 def run(folder: Path, dry: bool) -> dict:
     """Train for the time that STAGE_SECONDS leaves; loss by second, useful tokens/s, MFU, and the held-out numbers."""
-    budget = min(float(os.environ.get("STAGE_SECONDS", 180)) * 0.8, 5 if dry else 180)
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     tokens, length, every = (128, 32, 1) if dry else (32768, 128, 20)
     tokenizer, data, held_out = parts(Path(tempfile.mkdtemp(dir=folder)), 500 if dry else 8192, tokens, length)
@@ -76,6 +76,7 @@ def run(folder: Path, dry: bool) -> dict:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     learn(data.next_batch(0)[0], 0)  # compiles the kernels, and learns nothing
+    budget = 5 if dry else min(shared_work.seconds_left(ENDING), 180)
     curve, done, flops, start = [], 0, 0.0, time.perf_counter()
     for step, (batch, _) in enumerate(data.batches()):
         share = (time.perf_counter() - start) / budget
@@ -89,6 +90,7 @@ def run(folder: Path, dry: bool) -> dict:
         if step % every == 0:  # reading the loss waits for the device
             row = {"step": step, "seconds": time.perf_counter() - start}
             curve.append(row | {"loss": out.loss.item(), "mlm_loss": out.mlm_loss.item()})
+            shared_work.save(folder / "curve.json", {"curve": curve, "lines": [losses(curve)]})
     if device == "cuda":
         torch.cuda.synchronize()
     spent = time.perf_counter() - start
@@ -99,10 +101,13 @@ def run(folder: Path, dry: bool) -> dict:
         f"{step} steps in {spent:.0f} s, {done / spent:,.0f} useful tokens/s, {mfu:.1%} of the matrix peak",
         f"held out: mlm_loss {before['mlm_loss']:.3f} to {after['mlm_loss']:.3f}, "
         f"mlm_accuracy {before['mlm_accuracy']:.3f} to {after['mlm_accuracy']:.3f}",
-        "loss: " + " ".join(f"{row['loss']:.2f}" for row in curve[:: max(len(curve) // 20, 1)]),
     ]
     return {"curve": curve, "before": before, "after": after, "tokens_per_second": done / spent, "mfu": mfu,
             "lines": lines}  # fmt: skip
+
+
+def losses(curve: list[dict]) -> str:
+    return "loss: " + " ".join(f"{row['loss']:.2f}" for row in curve[:: max(len(curve) // 20, 1)])
 
 
 def draw(curve: list[dict], path: Path) -> None:

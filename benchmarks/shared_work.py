@@ -4,16 +4,18 @@ Nothing that ends a process loses what was done: a result is on disk before the 
 dies is replaced as long as items are left. The standard library alone, so that it runs whatever is missing.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+STARTED = time.perf_counter()  # this process, nearly
 POLL = 0.2  # seconds between two looks at the processes
 CLAIMS, ROWS = "claims", "rows.jsonl"
 
@@ -25,6 +27,11 @@ def save(path: Path, record: object) -> None:
     part.replace(path)
 
 
+def seconds_left(margin: float) -> float:
+    """Of the stage that this process is, less what it needs to end; a minute of a process that is none."""
+    return max(float(os.environ.get("STAGE_SECONDS", 60)) - (time.perf_counter() - STARTED) - margin, 1)
+
+
 def claim(folder: Path, item: str) -> bool:
     """Whether this process is the first that asks for `item`, which is then what it works on."""
     (folder / CLAIMS).mkdir(parents=True, exist_ok=True)
@@ -34,6 +41,14 @@ def claim(folder: Path, item: str) -> bool:
         return False
     _current(folder, os.getpid()).write_text(item, encoding="utf-8")
     return True
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While no other process is in this block; one that dies leaves it."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_claimed(folder: Path, item: str) -> bool:

@@ -28,7 +28,10 @@ from .peers import Place, Trainee
 
 MASK_RATE, DROPOUT = 0.15, 0.1
 STEP_TOKENS = (16384, 65536)  # of a step on a GPU: at 8,192 the host is as slow as the device
-MOVED = 0.05  # of a layer's gradient, at least, by dropout; rounding moves it by 2 % at most
+PART_TOKENS = 8192  # of a batch whose true gradients are summed up
+MOVED = (
+    0.05  # of a layer's gradient, at least, by dropout, which moves it by 25 to 50 %; rounding to bfloat16 by under 1 %
+)
 _theirs = peers.transformers_trainee
 PROVIDERS: dict[str, Callable[..., Trainee]] = {
     "minibert": peers.minibert_trainee,
@@ -73,7 +76,7 @@ def step_flops(config: BertConfig, sizes, predicted: int) -> float:
 
 
 def results(trainee: Trainee, batch: Batch, dtype: torch.dtype, name: str = "the reference") -> dict[str, torch.Tensor]:
-    """Loss and gradients of one batch, on the CPU.
+    """Loss and gradients of one batch.
 
     Raises:
         Refused: a parameter has no gradient.
@@ -81,13 +84,38 @@ def results(trainee: Trainee, batch: Batch, dtype: torch.dtype, name: str = "the
     device = next(trainee.model.parameters()).device.type
     loss = _loss(trainee.loss, trainee.prepare(batch), Place(weights=Path(), dtype=dtype, device=device))
     loss.backward()
+    return _taken(trainee, loss, name)
+
+
+def _taken(trainee: Trainee, loss: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
     for parameter_name, parameter in trainee.model.named_parameters():
         # vectors may have a gradient of zero: a bias of keys has no other but for rounding
         if parameter.grad is None or (parameter.ndim > 1 and not parameter.grad.any()):
             raise Refused(f"{name}: {parameter_name} has no gradient")
-    found = {"loss": loss.detach()[None].cpu()} | grouped({n: g.cpu() for n, g in trainee.gradients().items()})
+    found = {"loss": loss.detach()[None]} | grouped(trainee.gradients())
     trainee.model.zero_grad(set_to_none=True)
     return found
+
+
+def accumulated(trainee: Trainee, batch: Batch) -> dict[str, torch.Tensor]:
+    """`results` of transformers' model with masked rows in float32, some thousand tokens at a time."""
+    model, total = trainee.model, 0.0
+    for part in batch.split(batch.num_tokens // PART_TOKENS + 1):
+        inputs = trainee.prepare(part)
+        ids = (inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+        states, pooled = model.bert(*ids, return_dict=False)[:2]
+        logits, pairs = model.cls(states.flatten(0, 1)[inputs["rows"]], pooled)
+        sums = (
+            nn.functional.cross_entropy(values, labels, reduction="sum") / count
+            for values, labels, count in (
+                (logits, inputs["targets"], len(batch.mlm_rows)),
+                (pairs, inputs["next_sentence_label"], batch.num_sequences),
+            )
+        )
+        loss = sum(sums)
+        loss.backward()
+        total += loss.detach()
+    return _taken(trainee, total, "the reference")
 
 
 def _loss(loss, inputs, place):
@@ -97,7 +125,8 @@ def _loss(loss, inputs, place):
 
 class Reference:
     """transformers without dropout: eager in float64 on a few uneven sequences; on a timed batch, which may be too
-    large for that, sdpa in float32, once it was judged itself. Both in the precision of the case too."""
+    large for that, sdpa in float32, a part at a time, once it was judged itself. Both in the precision of the case too.
+    """
 
     def __init__(self, place: Place):
         config = load_config(place.weights)
@@ -124,7 +153,7 @@ class Reference:
 
         def both():
             trainee = self.once("large", self._large)
-            return results(trainee, batch, torch.float32), None if self.same is None else self._lower(trainee, batch)
+            return accumulated(trainee, batch), None if self.same is None else self._lower(trainee, batch)
 
         return self.once(batch.lengths, both)
 

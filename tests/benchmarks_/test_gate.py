@@ -119,6 +119,16 @@ def test_what_is_wrong_on_a_timed_batch_alone_is_refused(dtype, place):
     inference.build("cuts", lambda place: make(place), place, reference, [timed[:6]], Once())
 
 
+def test_gradients_summed_over_parts_of_a_batch_are_those_of_the_batch(place, monkeypatch):
+    monkeypatch.setattr(training, "PART_TOKENS", 9)
+    batch = training.random_batch(np.array([5, 9, 7, 2, 11]), CONFIG.vocab_size)
+    trainee = peers.transformers_trainee(place, 0.0, masked_rows=True)
+    whole = training.results(trainee, batch, torch.float32)
+    assert len(batch.split(batch.num_tokens // 9 + 1)) == 4
+    for name, values in training.accumulated(trainee, batch).items():
+        torch.testing.assert_close(values, whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def faulty_trainee(place, dropout, fault):
     """minibert's, with what shows only while it is timed."""
     trainee = peers.minibert_trainee(place, 0.0 if fault == "no dropout" else dropout)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from benchmarks import gpu, shared_work
+from benchmarks import cases, correctness, gpu, shared_work, warm
 from benchmarks.__main__ import main
 from benchmarks.gpu import Stage
 
@@ -219,6 +219,18 @@ def test_groups_name_what_passed_failed_or_was_not_reached(tmp_path):
     [failure] = [line for line in found["lines"] if line.startswith("FAILED")]
     assert "test_wrong" in failure and "one is not two" in failure
     assert "edge cases: 1 passed, 1 failed" in found["lines"]
+
+
+def test_all_that_later_stages_launch_has_its_turn_in_the_compilation():
+    parts = [part for part in correctness.COMPILED if part not in correctness.GROUPS]
+    names = [name for name, _ in warm.units(False)]
+    assert all(any(name.startswith(part) for name in names) for part in parts)
+    assert all(any(name.startswith(part) for part in parts) for name in names)
+    assert {case.op for case in cases.TABLE if case.quick} == {
+        name.split()[1] for name in names if name.startswith("kernels")
+    }
+    # attention at d = 64 first, then what the table and a step launch
+    assert correctness.COMPILED[0] == correctness.GROUPS[0] and correctness.COMPILED[2:4] == ("kernels", "training")
 
 
 WARM = """
