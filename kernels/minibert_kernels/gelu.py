@@ -13,8 +13,8 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import check_device, use_triton
-from .launch import FP_FUSION, AotCase, aot_arguments, as_matrix, ceil_div, gelu_plan, multiprocessors
+from .dispatch import check_device, check_floating, use_triton
+from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, as_matrix, ceil_div, gelu_plan, multiprocessors
 from .op import Op
 
 APPROXIMATE = {"none": "erf", "tanh": "tanh"}
@@ -38,7 +38,7 @@ def _act_and_slope(z, ACT: tl.constexpr):
     return z * share, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _bias_act_fwd_kernel(
     x_ptr, bias_ptr, out_ptr,  # [rows, cols], or [rows, 2 cols] if GATED; as long or None; [rows, cols] contiguous
     stride_x_row, stride_x_col, n_rows, n_cols,
@@ -62,7 +62,7 @@ def _bias_act_fwd_kernel(
     tl.store(out_ptr + row[:, None] * n_cols + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _bias_act_bwd_kernel(
     dout_ptr, x_ptr, bias_ptr, dx_ptr,  # [rows, cols], as forward three times; dx contiguous
     dbias_ptr,                          # fp32 [strips, cols or 2 cols], None without bias
@@ -210,6 +210,7 @@ def _run(op, x, bias, approximate, gated, backend):
         raise ValueError(f"approximate={approximate!r} is not one of {', '.join(APPROXIMATE)}")
     if x.ndim == 0 or x.shape[-1] == 0 or (gated and x.shape[-1] % 2):
         raise ValueError(f"x is {list(x.shape)}: expected [..., {'2F' if gated else 'F'}] with F of at least 1")
+    check_floating(x=x, bias=bias)
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"bias is {list(bias.shape)}: expected [{x.shape[-1]}], the last axis of x")
     check_device(x=x, bias=bias)

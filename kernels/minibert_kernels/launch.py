@@ -15,6 +15,8 @@ from ._triton import tl
 
 # Triton 3.10 changes the default: every launch and every compilation ahead of time says it
 FP_FUSION = True
+# sizes that change from batch to batch: one kernel for all of them, or new ones would be compiled in mid-run
+VARYING = ("n_rows",)
 
 
 @cache
@@ -39,8 +41,9 @@ def ceil_div(a, b):
 
 def as_matrix(x, cols):
     """[..., cols] as [rows, cols] and its two strides; one stride between rows is needed to do so without a copy."""
-    x = x.reshape(-1, cols)
-    return x, x.stride(0), x.stride(1)
+    if x.ndim != 2:
+        x = x.reshape(-1, cols)
+    return x, *x.stride()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,19 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import check_device, use_triton
-from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, multiprocessors, norm_plan
+from .dispatch import check_device, check_floating, use_triton
+from .launch import (
+    FP_FUSION,
+    NORM_MAX_COLS,
+    VARYING,
+    AotCase,
+    aot_arguments,
+    as_matrix,
+    ceil_div,
+    multiprocessors,
+    norm_plan,
+)
+from .op import Op
 from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
 
 KINDS = ("layernorm", "rmsnorm")
@@ -43,11 +54,11 @@ def centre_rows(total, in_row, n_cols):
     return tl.where(in_row, total - rest[:, None], 0.0), mean + rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _dropout_add_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # [rows, cols] twice, [cols] twice; residual and bias may be None
     seed_ptr, rows_ptr,                         # int64 scalar, int64 [rows]; read with DROPOUT only
-    out_ptr, total_ptr, mean_ptr, rstd_ptr,     # [rows, cols] contiguous twice, fp32 [rows] twice
+    out_ptr, total_ptr, stats_ptr,              # [rows, cols] contiguous twice, fp32 [2, rows] or, for RMS, [1, rows]
     stride_x_row, stride_x_col, stride_residual_row, stride_residual_col,
     n_rows, n_cols, eps, threshold, scale,
     RMS: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -75,9 +86,9 @@ def _dropout_add_norm_fwd_kernel(
 
     if not RMS:
         total, mean = centre_rows(total, in_row, n_cols)
-        tl.store(mean_ptr + row, mean, mask=in_rows)
+        tl.store(stats_ptr + n_rows + row, mean, mask=in_rows)
     rstd = tl.rsqrt(tl.sum(total * total, axis=1) / n_cols + eps)
-    tl.store(rstd_ptr + row, rstd, mask=in_rows)
+    tl.store(stats_ptr + row, rstd, mask=in_rows)
 
     weight = tl.load(weight_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)
     out = total * rstd[:, None] * weight[None, :]
@@ -86,9 +97,9 @@ def _dropout_add_norm_fwd_kernel(
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _dropout_add_norm_bwd_kernel(
-    dout_ptr, dtotal_ptr, total_ptr, mean_ptr, rstd_ptr,  # [rows, cols] three times, fp32 [rows] twice; dtotal or None
+    dout_ptr, dtotal_ptr, total_ptr, stats_ptr,  # [rows, cols] three times, the second or None; as forward
     weight_ptr, seed_ptr, rows_ptr,
     dx_ptr, dresidual_ptr, dparams_ptr,  # [rows, cols] contiguous, the second or None; fp32 [2, programs, cols]
     stride_dout_row, stride_dout_col, stride_dtotal_row, stride_dtotal_col, stride_total_row, stride_total_col,
@@ -110,9 +121,9 @@ def _dropout_add_norm_bwd_kernel(
         dout = tl.load(dout, mask=in_tile, other=0.0).to(tl.float32)
         total = total_ptr + row[:, None] * stride_total_row + col[None, :] * stride_total_col
         n = tl.load(total, mask=in_tile, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
+        rstd = tl.load(stats_ptr + row, mask=in_rows, other=0.0)[:, None]
         if not RMS:
-            n = tl.where(in_tile, n - tl.load(mean_ptr + row, mask=in_rows, other=0.0)[:, None], 0.0)
+            n = tl.where(in_tile, n - tl.load(stats_ptr + n_rows + row, mask=in_rows, other=0.0)[:, None], 0.0)
         n *= rstd
         dweight += dout * n
         dbias += dout
@@ -137,11 +148,11 @@ def _dropout_add_norm_bwd_kernel(
 
 
 def _forward_buffers(x, residual, dropout, kind):
-    """Uninitialised (out, total, mean, rstd); total is empty where it would be x, mean where there is none."""
-    num_rows = x.numel() // x.shape[-1]
-    total = x.new_empty(x.shape if residual is not None or dropout > 0.0 else 0)
-    mean, rstd = (x.new_empty(n, dtype=torch.float32) for n in (num_rows if kind == "layernorm" else 0, num_rows))
-    return x.new_empty(x.shape), total, mean, rstd
+    """Uninitialised (out, total, stats [rstd, or rstd and mean; rows]); total is empty where it would be x."""
+    shape = x.shape
+    total = x.new_empty(shape if residual is not None or dropout > 0.0 else 0)
+    stats = x.new_empty((2 if kind == "layernorm" else 1, x.numel() // shape[-1]), dtype=torch.float32)
+    return x.new_empty(shape), total, stats
 
 
 def _backward_buffers(x, residual_dtype, dropout):
@@ -150,8 +161,7 @@ def _backward_buffers(x, residual_dtype, dropout):
     return x.new_empty(x.shape), x.new_empty(x.shape if separate else 0, dtype=residual_dtype or x.dtype)
 
 
-@torch.library.custom_op("minibert::dropout_add_norm_fwd", mutates_args=())
-def _forward(
+def _run_forward(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
@@ -161,37 +171,34 @@ def _forward(
     dropout: float,
     eps: float,
     kind: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, total, mean, rstd = _forward_buffers(x, residual, dropout, kind)
-    num_rows, cols = len(rstd), x.shape[-1]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, total, stats = _forward_buffers(x, residual, dropout, kind)
+    num_rows, cols = stats.shape[1], x.shape[-1]
     if num_rows == 0:
-        return out, total, mean, rstd
+        return out, total, stats
     plan = norm_plan(cols, "fwd")
     x, *x_strides = as_matrix(x, cols)
     residual, *residual_strides = (None, 0, 0) if residual is None else as_matrix(residual, cols)
     with torch.cuda.device_of(x):
-        _dropout_add_norm_fwd_kernel[(triton.cdiv(num_rows, plan.block_m),)](
+        _dropout_add_norm_fwd_kernel[(ceil_div(num_rows, plan.block_m),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(),
-            seed, as_counters(rows, num_rows, x.device) if dropout > 0.0 else None, out, total, mean, rstd,
+            seed, as_counters(rows, num_rows, x.device) if dropout > 0.0 else None, out, total, stats,
             *x_strides, *residual_strides, num_rows, cols, eps, threshold(dropout), keep_scale(dropout),
             RMS=kind == "rmsnorm", DROPOUT=dropout > 0.0, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
             num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
-    return out, total, mean, rstd
+    return out, total, stats
 
 
-@_forward.register_fake
-def _(x, residual, weight, bias, seed, rows, dropout, eps, kind):
+def _fake_forward(x, residual, weight, bias, seed, rows, dropout, eps, kind):
     return _forward_buffers(x, residual, dropout, kind)
 
 
-@torch.library.custom_op("minibert::dropout_add_norm_bwd", mutates_args=())
-def _backward(
+def _run_backward(
     dout: torch.Tensor,
     dtotal: torch.Tensor | None,
     total: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    stats: torch.Tensor,
     weight: torch.Tensor,
     seed: torch.Tensor | None,
     rows: torch.Tensor | None,
@@ -200,18 +207,18 @@ def _backward(
     residual_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dresidual = _backward_buffers(total, residual_dtype, dropout)
-    num_rows, cols = len(rstd), total.shape[-1]
+    num_rows, cols = stats.shape[1], total.shape[-1]
     if num_rows == 0:
         return dx, dresidual, weight.new_zeros(2, cols, dtype=torch.float32)
     plan = norm_plan(cols, "bwd")
-    programs = min(triton.cdiv(num_rows, plan.block_m), plan.programs_per_sm * multiprocessors(total.device))
+    programs = min(ceil_div(num_rows, plan.block_m), plan.programs_per_sm * multiprocessors(total.device))
     dparams = total.new_empty(2, programs, cols, dtype=torch.float32)
     dout, *dout_strides = as_matrix(dout, cols)
     total, *total_strides = as_matrix(total, cols)
     dtotal, *dtotal_strides = (None, 0, 0) if dtotal is None else as_matrix(dtotal, cols)
     with torch.cuda.device_of(total):
         _dropout_add_norm_bwd_kernel[(programs,)](
-            dout, dtotal, total, mean, rstd,
+            dout, dtotal, total, stats,
             weight.contiguous(), seed, as_counters(rows, num_rows, total.device) if dropout > 0.0 else None,
             dx, dresidual if dresidual.numel() else None, dparams,
             *dout_strides, *dtotal_strides, *total_strides,
@@ -222,37 +229,39 @@ def _backward(
     return dx, dresidual, dparams.sum(1)
 
 
-@_backward.register_fake
-def _(dout, dtotal, total, mean, rstd, weight, seed, rows, dropout, kind, residual_dtype):
+def _fake_backward(dout, dtotal, total, stats, weight, seed, rows, dropout, kind, residual_dtype):
     dparams = weight.new_empty(2, total.shape[-1], dtype=torch.float32)
     return *_backward_buffers(total, residual_dtype, dropout), dparams
 
 
 def _save(ctx, inputs, output):
     x, residual, weight, bias, seed, rows, ctx.dropout, _, ctx.kind = inputs
-    _, total, mean, rstd = output
-    ctx.residual_dtype, ctx.bias_dtype = (None if t is None else t.dtype for t in (residual, bias))
-    ctx.save_for_backward(total if total.numel() else x, mean, rstd, weight, seed, rows)
-    ctx.mark_non_differentiable(mean, rstd)
+    _, total, stats = output
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(total if total.numel() else x, stats, weight, seed, rows)
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, dout, dtotal, *_):
-    total, mean, rstd, weight, seed, rows = ctx.saved_tensors
+def _gradient(ctx, dout, dtotal, _):
+    total, stats, weight, seed, rows = ctx.saved_tensors
     dout = torch.zeros_like(total) if dout is None else dout
     dtotal = dtotal if dtotal is not None and dtotal.numel() else None
     dx, dresidual, dparams = _backward(
-        dout, dtotal, total, mean, rstd, weight, seed, rows, ctx.dropout, ctx.kind, ctx.residual_dtype
+        dout, dtotal, total, stats, weight, seed, rows, ctx.dropout, ctx.kind, ctx.residual_dtype
     )
     if ctx.residual_dtype is None:
         dresidual = None
     elif dresidual.shape != dx.shape:
         dresidual = dx
-    dbias = None if ctx.bias_dtype is None else dparams[1].to(ctx.bias_dtype)
-    return dx, dresidual, dparams[0].to(weight.dtype), dbias, *(None,) * 5
+    dweight, dbias = dparams.unbind()
+    dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
+    return dx, dresidual, dweight.to(weight.dtype), dbias, None, None, None, None, None
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_backward = Op("dropout_add_norm_bwd", _run_backward, _fake_backward)
+_forward = Op("dropout_add_norm_fwd", _run_forward, _fake_forward, save=_save, gradient=_gradient)
 
 
 def dropout_add_norm(
@@ -284,7 +293,7 @@ def dropout_add_norm(
             x, residual, weight, bias, dropout=dropout, seed=seed, rows=rows, eps=eps, kind=kind, prenorm=prenorm
         )
     seed = as_seed(seed, x.device) if dropout > 0.0 else None
-    out, total, _, _ = _forward(x, residual, weight, bias, seed, rows, dropout, eps, kind)
+    out, total, _ = _forward(x, residual, weight, bias, seed, rows, dropout, eps, kind)
     if not prenorm:
         return out
     return out, x if residual is None and dropout == 0.0 else total
@@ -293,19 +302,21 @@ def dropout_add_norm(
 def _check(x, residual, weight, bias, dropout, seed, rows, kind):
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x is {list(x.shape)}: expected [..., D] with D of at least 1")
+    shape = x.shape
+    if len(shape) == 0 or shape[-1] == 0:
+        raise ValueError(f"x is {list(shape)}: expected [..., D] with D of at least 1")
+    check_floating(x=x, residual=residual, weight=weight, bias=bias)
     threshold(dropout)
     if isinstance(seed, torch.Tensor):
         as_seed(seed, x.device)
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual is {list(residual.shape)}, x is {list(x.shape)}: expected the same shape")
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual is {list(residual.shape)}, x is {list(shape)}: expected the same shape")
     for name, param in (("weight", weight), ("bias", bias)):
-        if param is not None and param.shape != x.shape[-1:]:
-            raise ValueError(f"{name} is {list(param.shape)}: expected [{x.shape[-1]}], the last axis of x")
-    if rows is not None and (rows.dtype != torch.int64 or rows.numel() * x.shape[-1] != x.numel()):
+        if param is not None and param.shape != shape[-1:]:
+            raise ValueError(f"{name} is {list(param.shape)}: expected [{shape[-1]}], the last axis of x")
+    if rows is not None and (rows.dtype != torch.int64 or rows.numel() * shape[-1] != x.numel()):
         raise ValueError(
-            f"rows is {rows.dtype} {list(rows.shape)}: expected int64, one for each row of x {list(x.shape)}"
+            f"rows is {rows.dtype} {list(rows.shape)}: expected int64, one for each row of x {list(shape)}"
         )
     check_device(x=x, residual=residual, weight=weight, bias=bias, rows=rows)
 
@@ -319,7 +330,7 @@ def aot_cases(capability):
 
 def _aot_pair(cols, dropout):
     tensors = dict.fromkeys(("x_ptr", "residual_ptr", "out_ptr", "total_ptr", "dout_ptr", "dx_ptr"), "*bf16")
-    tensors |= dict.fromkeys(("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "dparams_ptr"), "*fp32")
+    tensors |= dict.fromkeys(("weight_ptr", "bias_ptr", "stats_ptr", "dparams_ptr"), "*fp32")
     counters = dict.fromkeys(("seed_ptr", "rows_ptr"), "*i64" if dropout else None)
     dresidual = {"dresidual_ptr": "*bf16" if dropout else None, "dtotal_ptr": None}
     strides = {f"stride_{name}_row": cols for name in ("x", "residual", "dout", "total")}

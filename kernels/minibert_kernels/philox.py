@@ -131,7 +131,9 @@ def row_keep(seed, p, rows, cols):
 
 def as_counters(rows, num_rows, device):
     """`row_keep`'s int64 [num_rows] counters: the caller's, whatever their shape, or 0, 1, 2, ..."""
-    return torch.arange(num_rows, device=device) if rows is None else rows.reshape(-1).contiguous()
+    if rows is None:
+        return torch.arange(num_rows, device=device)
+    return (rows if rows.ndim == 1 else rows.reshape(-1)).contiguous()
 
 
 def as_seed(seed, device):

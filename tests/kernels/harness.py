@@ -4,6 +4,9 @@ from contextlib import contextmanager
 
 import torch
 from tolerance import BACKWARD, FORWARD, assert_as_accurate
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 SEED = 0x1234_5678_9ABC
 MORE = 16  # times the draws, where the first few do not fit the tolerance
@@ -88,6 +91,27 @@ def judge(kernel, eager, reference, draws, **options):
 def pooled(op, draws, **options):
     results = [values_and_gradients(op, tensors, douts, **options) for tensors, douts in draws]
     return {name: torch.stack([r[name] for r in results]) for name in results[0]}
+
+
+class Recorder:
+    """In the place of a kernel: keeps the arguments of its launches, by name."""
+
+    def __init__(self, kernel):
+        self.kernel, self.calls = kernel, []
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **named):
+        names = self.kernel.arg_names
+        self.calls.append(dict(zip(names, args, strict=False)) | {k: v for k, v in named.items() if k in names})
+
+    def variants(self):
+        """How many kernels a GPU would compile for these launches."""
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        compiled = JITFunction(self.kernel.fn, do_not_specialize=self.kernel.kwargs["do_not_specialize"])
+        bind = create_function_from_signature(compiled.signature, compiled.params, backend)
+        return len({str(bind(**call)[1]) for call in self.calls})
 
 
 @contextmanager

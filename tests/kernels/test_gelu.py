@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, LAYOUTS, arrange, check, repeat_with, values_and_gradients
+from harness import DTYPES, LAYOUTS, Recorder, arrange, check, repeat_with, values_and_gradients
 
 from minibert_kernels import bias_geglu, bias_gelu, bias_swiglu, gelu, reference
 
@@ -133,3 +133,37 @@ def test_the_bias_gradient_adds_up_over_more_rows_than_a_program_has(device):
 def test_an_argument_that_does_not_fit_is_named(op, change, message):
     with pytest.raises(ValueError, match=message):
         op(**{"x": torch.zeros(5, 8), "bias": None} | change)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["x", "bias"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_that_is_not_floating_is_named(op, name, dtype, backend, device):
+    tensors = {"x": torch.ones(5, 8, device=device), "bias": torch.ones(8, device=device)}
+    tensors[name] = tensors[name].to(dtype)
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}: expected one of float32, bfloat16, float16, float64"):
+        OPS[op](**tensors, backend=backend)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_bias_of_any_stride_gives_the_same_bits(op, device, poisoned):
+    x, bias = torch.randn(13, 38, device=device), torch.randn(38, device=device)
+    dout = x if op == "bias_gelu" else x[:, 19:]
+    spread = arrange(bias[None], "every second column")[0]
+    plain, strided = (
+        values_and_gradients(lambda x, bias: OPS[op](x, bias, backend="triton"), {"x": x, "bias": b}, [dout])
+        for b in (bias, spread)
+    )
+    assert all(torch.equal(plain[name], strided[name]) for name in plain)
+
+
+def test_batches_of_any_number_of_rows_run_the_same_code(device, monkeypatch):
+    names = ("_bias_act_fwd_kernel", "_bias_act_bwd_kernel")
+    recorders = [Recorder(getattr(gelu, name)) for name in names]
+    for name, recorder in zip(names, recorders, strict=True):
+        monkeypatch.setattr(gelu, name, recorder)
+    for rows in (1, 2, 16, 17, 4096, 4099):
+        x, bias = torch.zeros(rows, 64, device=device), torch.zeros(64, device=device)
+        values_and_gradients(lambda x, bias: bias_gelu(x, bias, backend="triton"), {"x": x, "bias": bias}, [x])
+    assert [recorder.variants() for recorder in recorders] == [1, 1]

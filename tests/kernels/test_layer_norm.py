@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, LAYOUTS, SEED, arrange, check, repeat_with, values_and_gradients
+from harness import DTYPES, LAYOUTS, SEED, Recorder, arrange, check, repeat_with, values_and_gradients
 from tolerance import assert_as_accurate
 
 from minibert_kernels import layer_norm, philox, reference
@@ -369,6 +369,45 @@ def test_an_argument_that_does_not_fit_is_named(change, message):
     arguments = {"x": torch.zeros(5, 8), "residual": None, "weight": torch.ones(8), "bias": None} | change
     with pytest.raises(ValueError, match=message):
         dropout_add_norm(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_that_is_not_floating_is_named(name, dtype, backend, device):
+    tensors = dict(zip(NAMES, inputs(device, 5, 8), strict=True))
+    tensors[name] = torch.ones(tensors[name].shape, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}: expected one of float32, bfloat16, float16, float64"):
+        dropout_add_norm(**tensors, backend=backend)
+
+
+@pytest.mark.parametrize("kind", layer_norm.KINDS)
+def test_parameters_and_counters_of_any_stride_give_the_same_bits(kind, device, poisoned):
+    x, residual, weight, bias = inputs(device, 5, 37)
+    rows = torch.arange(100, 105, device=device)
+    options = {"dropout": 0.3, "kind": kind}
+    plain, strided = (
+        run(kernel, (x, residual, weight, bias), [x], rows=rows, seed=seed, **options)
+        for weight, bias, rows, seed in (
+            (weight, bias, rows, torch.tensor(9, device=device)),
+            (
+                *(arrange(t.detach()[None], "every second column")[0] for t in (weight, bias)),
+                torch.stack([rows, -rows], 1)[:, 0],
+                torch.tensor([-1, 9], device=device)[1],
+            ),
+        )
+    )
+    assert all(torch.equal(plain[name], strided[name]) for name in plain)
+
+
+def test_batches_of_any_number_of_rows_run_the_same_code(device, monkeypatch):
+    names = ("_dropout_add_norm_fwd_kernel", "_dropout_add_norm_bwd_kernel")
+    recorders = [Recorder(getattr(layer_norm, name)) for name in names]
+    for name, recorder in zip(names, recorders, strict=True):
+        monkeypatch.setattr(layer_norm, name, recorder)
+    for rows in (1, 2, 16, 17, 4096, 4099):
+        run(kernel, inputs(device, rows, 64), [torch.ones(rows, 64, device=device)], dropout=0.1)
+    assert [recorder.variants() for recorder in recorders] == [1, 1]
 
 
 def test_rows_too_wide_for_the_kernel_run_the_reference(device):
