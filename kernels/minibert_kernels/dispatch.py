@@ -14,7 +14,7 @@ from ._triton import AVAILABLE, triton
 
 BACKENDS = ("auto", "triton", "reference")
 REFERENCE = "reference.py"
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 log = logging.getLogger("minibert_kernels")
 # decided when Triton was imported; a constant, because torch.compile does not trace the reading of an environment
 _INTERPRETING = AVAILABLE and triton.knobs.runtime.interpret
@@ -85,6 +85,14 @@ def on_host(tensor) -> bool:
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not hidden
 
 
+def check_floating(**tensors) -> None:
+    """Raise the ValueError of a tensor, by name, that is not None and that nothing can be computed with in float32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATING:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+            raise ValueError(f"{name} is {tensor.dtype}: expected one of {expected}")
+
+
 def check_device(**tensors) -> None:
     """Raise the ValueError of a tensor, by name, that is not None and not on the device of the first."""
     first, *others = tensors
@@ -92,13 +100,6 @@ def check_device(**tensors) -> None:
     for name in others:
         if tensors[name] is not None and tensors[name].device != device:
             raise ValueError(f"{name} is on {tensors[name].device}, {first} is on {device}: expected one device")
-
-
-def check_floating(**tensors) -> None:
-    """Raise the ValueError of a tensor, by name, that is not None and of no dtype that an op computes in."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in FLOATING:
-            raise ValueError(f"{name} is {tensor.dtype}: expected float32, float16, bfloat16 or float64")
 
 
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict:

@@ -247,7 +247,8 @@ def embed_norm(
     """Embeddings of packed tokens, summed, normalised and dropped (Devlin et al., 2019, figure 2; Ba et al., 2016).
 
     Args:
-        ids, type_ids, positions: int64 [T], rows of the tables; positions may be None where position is.
+        ids, type_ids, positions: int64 [T], rows of the tables; positions may be None where position is. Tokens after
+            the last sequence are tokens as others: where their gradient is zero they add nothing to any table.
         word, position, type: [V, D], [P, D] and [K, D] of one dtype, float32, float16 or bfloat16, any strides;
             position may be None.
         weight, bias: [D], in any of those dtypes; bias may be None.

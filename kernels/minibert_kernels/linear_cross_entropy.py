@@ -314,7 +314,8 @@ def linear_cross_entropy(
     Args:
         hidden: [N, D]; weight: [V, D]; bias: [V] or None; one dtype, any strides. Under autocast they are cast to its
             dtype.
-        labels: int64 [N], in [0, V) or ignore_index. On a GPU another label makes the loss NaN.
+        labels: int64 [N], in [0, V) or ignore_index, which tokens after the last sequence have, too: their hidden
+            states must be finite. On a GPU another label makes the loss NaN.
         label_smoothing: in [0, 1], the share of the target that is spread over the vocabulary (Szegedy et al., 2016).
         reduction: "mean" over the rows that have a label, "sum", or "none".
         max_labels: an upper bound of the number of labelled rows. N where the caller selected the rows: all enter. By

@@ -67,7 +67,7 @@ def _mlm_mask_kernel(
     ids_ptr, cu_seqlens_ptr, seq_ids_ptr, epochs_ptr, seed_ptr,  # int64 [T], int32 [B + 1], [B] or None twice, scalar
     special_ptr, continues_ptr, ordinary_ptr,  # bool [V], bool [V] or None, int64 [n]
     masked_ptr, labels_ptr,  # int64 [T] twice; without choosing: what each token would become, and its key
-    stride_ids, n_ordinary, mask_id,
+    stride_ids, n_tokens, n_ordinary, mask_id,
     RATE: tl.constexpr, REACH: tl.constexpr, CHOOSE: tl.constexpr, LOG_BLOCK: tl.constexpr,
 ):  # fmt: skip
     first_token = tl.load(cu_seqlens_ptr + tl.program_id(0)).to(tl.int64)
@@ -116,6 +116,17 @@ def _mlm_mask_kernel(
     becomes = tl.where(action < 3435973837, mask_id, tl.where(action < 3865470566, drawn, ids))
     tl.store(masked_ptr + token, tl.where(chosen, becomes, ids), mask=in_seq)
 
+    # tokens before the first sequence and after the last stay as they are
+    begin = tl.load(cu_seqlens_ptr).to(tl.int64)
+    inside = tl.load(cu_seqlens_ptr + tl.num_programs(0)) - begin
+    for start in range(tl.program_id(0) << LOG_BLOCK, n_tokens - inside, tl.num_programs(0) << LOG_BLOCK):
+        token = start + position
+        outside = token < n_tokens - inside
+        token = tl.where(token < begin, token, token + inside)
+        ids = tl.load(ids_ptr + token * stride_ids, mask=outside, other=0)
+        tl.store(masked_ptr + token, ids, mask=outside)
+        tl.store(labels_ptr + token, tl.full([1 << LOG_BLOCK], -100, tl.int64), mask=outside)
+
 
 def _run_forward(
     ids: torch.Tensor,
@@ -135,6 +146,8 @@ def _run_forward(
     masked, labels = ids.new_empty(ids.shape), ids.new_empty(ids.shape)
     if len(ids) == 0:
         return masked, labels
+    if len(cu_seqlens) == 1:
+        return masked.copy_(ids), labels.fill_(-100)
     plan = masking_plan(max_seqlen)
     counters = (None if t is None else t.contiguous() for t in (seq_ids, epochs))
     tables = (None if t is None else t.contiguous() for t in (special, continues, ordinary))
@@ -142,7 +155,7 @@ def _run_forward(
         # without fusion: rate * count is rounded before its rounding to an integer, as NumPy does
         _mlm_mask_kernel[(len(cu_seqlens) - 1,)](
             ids, cu_seqlens.contiguous(), *counters, seed, *tables, masked, labels,
-            ids.stride(0), len(ordinary), mask_id,
+            ids.stride(0), len(ids), len(ordinary), mask_id,
             RATE=rate, REACH=tuple(reach), CHOOSE=choose, LOG_BLOCK=plan.log_block,
             num_warps=plan.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -162,7 +175,8 @@ def mlm_mask(
     sits. A sequence with any token that is not special is never left without a label.
 
     Args:
-        ids: [T] int64, values in 0 .. V-1. cu_seqlens: [B + 1] int32. max_seqlen: the longest length, or more.
+        ids: [T] int64, values in 0 .. V-1. Those outside of the sequences stay as they are, without a label.
+        cu_seqlens: [B + 1] int32, where each sequence begins. max_seqlen: the longest length, or more.
         mask_id: the id of [MASK].
         special: bool [V], ids that are never chosen.
         ordinary: [n] int64, the ids that a random token is drawn from.
@@ -251,7 +265,7 @@ def _aot_case(max_seqlen, unit, choose):
     pointers = ("ids", "seed", "ordinary", "masked", "labels", "seq_ids", "epochs")
     known = {f"{name}_ptr": "*i64" for name in pointers} | {"cu_seqlens_ptr": "*i32", "special_ptr": "*i1"}
     known |= {"continues_ptr": "*i1" if unit == "word" else None}
-    known |= {"stride_ids": 1, "n_ordinary": 30519, "mask_id": 103}
+    known |= {"stride_ids": 1, "n_tokens": 16384, "n_ordinary": 30519, "mask_id": 103}
     flags = {"RATE": 0.15, "REACH": span_reach(unit, 10), "CHOOSE": choose, "LOG_BLOCK": plan.log_block}
     label = f"{max_seqlen} tokens, {unit}{'' if choose else ', exact K'}"
     arguments = aot_arguments(_mlm_mask_kernel, **known, **flags)

@@ -95,7 +95,7 @@ def pack(x, mask, *, num_tokens=None, backend="auto"):
     Args:
         x: [B, S, ...], any dtype, any strides between sequences and tokens; further axes that have no common stride
             are copied.
-        mask: bool [B, S], true at tokens.
+        mask: bool [B, S], true at tokens. The gradient of the other places is zero.
         num_tokens: T, where it is known; by default it is read on the host, which waits for the device.
         backend: "auto", "triton" or "reference".
     Returns:
@@ -125,7 +125,7 @@ def unpack(x, cu_seqlens, max_seqlen, *, backend="auto"):
     Args:
         x: [T, ...], any dtype, any stride between tokens; further axes that have no common stride are copied.
         cu_seqlens: int32 [B + 1], where each sequence begins in T: from 0, never read on the host. Rows of x after
-            the last sequence go nowhere.
+            the last sequence go nowhere, and their gradient is zero.
         max_seqlen: S, no less than the longest sequence.
         backend: "auto", "triton" or "reference".
     Returns:

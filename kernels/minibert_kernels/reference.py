@@ -7,6 +7,7 @@ kernels. T packed tokens, B sequences, H heads, d head size, D hidden, V vocabul
 import torch
 import torch.nn.functional as F
 
+from .dispatch import on_host
 from .philox import attention_keep, fold, keep_scale, philox, row_keep
 
 
@@ -62,28 +63,37 @@ def drop_probs(probs, dropout, seed, seq_ids=None):
 
 
 class SequenceLayout:
-    """Moves between packed [T, ...] and padded [B, S, ...] without reading a length on the host."""
+    """Moves between packed [T, ...] and padded [B, S, ...] without waiting for a device.
+
+    Tokens outside of the sequences go nowhere and come back as zeros.
+    """
 
     def __init__(self, cu_seqlens, max_seqlen, num_tokens):
         starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         self.shape = (len(starts), max_seqlen)
+        # where the borders cannot be looked at, so many tokens are taken to be those of full sequences
         self.full = num_tokens == len(starts) * max_seqlen
+        if self.full and on_host(cu_seqlens):
+            self.full = int(cu_seqlens[-1] - cu_seqlens[0]) == num_tokens
         index = torch.arange(max_seqlen, device=cu_seqlens.device)
         self.valid = index < (ends - starts)[:, None]  # [B, S]
         if not self.full:
             token = torch.arange(num_tokens, device=cu_seqlens.device)
-            sequence = torch.searchsorted(ends, token, right=True)
-            self.slot = sequence * max_seqlen + token - starts[sequence]  # [T] into B * S
+            sequence = torch.searchsorted(ends, token, right=True)  # B after the last
+            position = token - cu_seqlens.long()[sequence]
+            inside = (position >= 0) & (sequence < len(starts))
+            # [T] into B * S, and one more for what is outside
+            self.slot = torch.where(inside, sequence * max_seqlen + position, len(starts) * max_seqlen)
 
     def pad(self, x):
         if self.full:
             return x.unflatten(0, self.shape)
-        padded = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return padded.index_copy_(0, self.slot, x).unflatten(0, self.shape)
+        padded = x.new_zeros(self.shape[0] * self.shape[1] + 1, *x.shape[1:])
+        return padded.index_copy_(0, self.slot, x)[:-1].unflatten(0, self.shape)
 
     def unpad(self, x):
         x = x.flatten(0, 1)
-        return x if self.full else x[self.slot]
+        return x if self.full else torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.slot]
 
     def score_terms(self, dtype, causal, window, score_bias, alibi_slopes=None):
         """What is added to the scores: [B or 1, H or 1, S, S], -inf at keys out of sight; None if there is nothing."""
@@ -284,7 +294,7 @@ def exact_labels(ids, key, becomes, layout, num_labels):
     key = torch.where(layout.valid, layout.pad(key), NEVER)
     rank, eligible = key.argsort(dim=1, stable=True).argsort(1), key != NEVER
     score = torch.where(rank == 0, -1.0, rank.double() / eligible.sum(1, keepdim=True))
-    score = layout.unpad(torch.where(eligible, score, float("inf")))
+    score = torch.where(layout.unpad(eligible), layout.unpad(score), float("inf"))
     order = score.argsort(stable=True)[:num_labels]
     real = score[order].isfinite()
     masked = ids.index_copy(0, order, torch.where(real, becomes[order], ids[order]))

@@ -385,7 +385,7 @@ def test_a_captured_step_follows_rate_and_step_and_needs_no_call_before():
         ({"grads": [torch.ones(3, 4).half(), torch.ones(5)]}, r"grads\[0\] is torch.float16 \[3, 4\]: expected"),
         ({"exp_avgs": [torch.ones(3, 4), torch.ones(5).half()]}, r"exp_avgs\[1\] is torch.float16 \[5\]: expected"),
         ({"exp_avg_sqs": [torch.ones(4, 3).T, torch.ones(5)]}, r"exp_avg_sqs\[0\] has strides \[1, 3\]: expected"),
-        ({name: [torch.ones(3, 4).long(), torch.ones(5)] for name in NAMES}, r"params\[0\] is torch.int64: expected f"),
+        ({name: [torch.ones(3, 4).long(), torch.ones(5)] for name in NAMES}, r"params\[0\] is torch.int64: expected "),
         ({"params": [torch.ones(3, 4), torch.ones(10)[::2]]}, r"params\[1\] has strides \[2\]"),
         ({"grads": [torch.ones(3, 4), torch.ones(5, device="meta")]}, r"grads\[1\] is on meta, params\[0\] on cpu"),
         ({"backend": "cuda"}, "backend='cuda' is not one of auto, triton, reference"),

@@ -178,6 +178,31 @@ def test_no_tokens_no_sequences_and_special_tokens_alone_are_returned_as_they_ar
 
 
 @pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("lengths", "before", "after"), [([7, 0, 13], 0, 40), ([3, 1], 0, 2), ([7, 3], 5, 37), ([], 0, 3)]
+)
+def test_tokens_outside_of_the_sequences_stay_and_get_no_label(lengths, before, after, backend, unit, device, poisoned):
+    ids, cuts, longest = batch(lengths, device)
+    options = tables(device) | {"unit": unit, "rate": 0.5, "backend": backend}
+    around = [torch.arange(SPECIAL, SPECIAL + n, device=device) % VOCAB for n in (before, after)]
+    wide = torch.cat([around[0], ids, around[1]])
+    inner = slice(before, before + len(ids))
+    masked, labels = mlm_mask(ids, cuts, longest, **options)
+    ours, rows = mlm_mask(wide, cuts + before, longest, **options)
+    expected, marks = wide.clone(), torch.full_like(wide, -100)
+    expected[inner], marks[inner] = masked, labels
+    assert torch.equal(ours, expected) and torch.equal(rows, marks)
+    for count in (3, 60):
+        plain = mlm_mask(ids, cuts, longest, num_labels=count, **options)
+        ours, rows, labels = mlm_mask(wide, cuts + before, longest, num_labels=count, **options)
+        expected = wide.clone()
+        expected[inner] = plain[0]
+        assert torch.equal(ours, expected) and torch.equal(labels, plain[2])
+        assert torch.equal(rows, torch.where(labels == -100, 0, plain[1] + before))
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_the_share_the_kinds_and_the_labels_are_right(unit, device):
     lengths = [200] * 400
     ids, cuts, longest = batch(lengths, device)
