@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROWS = ("mlm_rows", "token_rows")
 ROW_SHIFT = 20  # a token's dropout counter is seq_id << 20 | position: 1 M positions a sequence
 IGNORE = -100
+SHORTEST = 32  # the least bound of lengths of a rounded shape: shorter sequences share one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Batch:
         and last token of an answer, counted within its sequence, or, where B is Q questions of as many choices each,
         [Q] int64 right choices.
     token_rows, token_labels: [N] int64, the rows whose states a head reads, and the class of each, -100 for none.
+    longest: an upper bound of the lengths, where nothing on the host may depend on them: then any sequence may be
+        empty, and there may be tokens behind the last one, which are of no sequence.
     """
 
     input_ids: Tensor
@@ -44,11 +48,13 @@ class Batch:
     labels: Tensor | None = None
     token_rows: Tensor | None = None
     token_labels: Tensor | None = None
+    longest: int | None = None
 
     def __post_init__(self):
         # plain integers, so that a compiled model is not bound to these very lengths
-        object.__setattr__(self, "max_seqlen", max(self.lengths, default=0))
-        object.__setattr__(self, "min_seqlen", min(self.lengths, default=0))
+        bound = self.longest
+        object.__setattr__(self, "max_seqlen", max(self.lengths, default=0) if bound is None else bound)
+        object.__setattr__(self, "min_seqlen", min(self.lengths, default=0) if bound is None else 0)
 
     @property
     def num_tokens(self) -> int:
@@ -61,21 +67,62 @@ class Batch:
     @property
     def rows(self) -> Tensor:
         """[T] int64: one counter a token, the same in every batch."""
-        lengths = self.cu_seqlens.diff()
-        seq_ids = torch.repeat_interleave(self.seq_ids, lengths, output_size=self.num_tokens)
-        return seq_ids << ROW_SHIFT | self.positions
+        return self.seq_ids[self.sequences.clamp(max=self.num_sequences - 1)] << ROW_SHIFT | self.positions
+
+    @property
+    def sequences(self) -> Tensor:
+        """[T] int64: the number of each token's sequence; B behind the last one."""
+        token = torch.arange(self.num_tokens, dtype=torch.int32, device=self.cu_seqlens.device)
+        return torch.searchsorted(self.cu_seqlens[1:], token, right=True)
 
     @property
     def first_rows(self) -> Tensor:
-        """[B] int64: where each sequence's [CLS] lies."""
+        """[B] int64: where each sequence's [CLS] lies; of an empty sequence, where the next one begins."""
         return self.cu_seqlens[:-1].long()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors and there, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device) -> "Batch":
         """The same batch on another device; copies do not wait for each other."""
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors().items()}
         return dataclasses.replace(self, **moved)
+
+    @property
+    def shape(self) -> "Shape":
+        count = {name: 0 if getattr(self, name) is None else len(getattr(self, name)) for name in ROWS}
+        return Shape(num_tokens=self.num_tokens, num_sequences=self.num_sequences, max_seqlen=self.max_seqlen, **count)
+
+    def padded(self, shape: "Shape") -> "Batch":
+        """The same batch in `shape`: with tokens behind the last sequence, empty sequences, and targets to ignore.
+
+        No loss and no gradient changes, but for the order of sums.
+        Raises:
+            ValueError: the batch is larger than shape, or has targets of which none can be ignored: numbers, several
+                labels at once, labels of groups of sequences, or token_rows without token_labels.
+        """
+        for name, size in vars(self.shape).items():
+            if size > getattr(shape, name):
+                raise ValueError(f"{name}={size} of the batch is above {getattr(shape, name)} of the shape")
+        labels = self.labels
+        if labels is not None and (labels.is_floating_point() or len(labels) != self.num_sequences):
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}: only classes of sequences can be padded")
+        if self.token_rows is not None and self.token_labels is None:
+            raise ValueError("token_rows without token_labels belong to sequences: such a batch cannot be padded")
+        sizes = dict.fromkeys(("input_ids", "token_type_ids", "positions"), shape.num_tokens)
+        sizes |= dict.fromkeys(("seq_ids", "nsp_labels", "sop_labels", "labels"), shape.num_sequences)
+        sizes |= {"cu_seqlens": shape.num_sequences + 1, "mlm_rows": shape.mlm_rows, "mlm_labels": shape.mlm_rows}
+        sizes |= {"token_rows": shape.token_rows, "token_labels": shape.token_rows}
+        if self.token_rows is None:
+            sizes["token_labels"] = shape.num_tokens
+        kept = {}
+        for name, values in self.tensors().items():
+            fill = IGNORE if name.endswith("labels") else sum(self.lengths) if name == "cu_seqlens" else 0
+            kept[name] = values.new_full((sizes[name], *values.shape[1:]), fill)
+            kept[name][: len(values)] = values
+        lengths = (*self.lengths, *[0] * (shape.num_sequences - self.num_sequences))
+        return dataclasses.replace(self, **kept, lengths=lengths, longest=shape.max_seqlen)
 
     def split(self, count: int) -> list["Batch"]:
         """As `count` batches of about as many sequences each, in order, or as many as there are sequences.
@@ -105,6 +152,31 @@ class Batch:
                 }
         cu_seqlens = self.cu_seqlens[first : last + 1] - begin
         return dataclasses.replace(self, cu_seqlens=cu_seqlens, lengths=self.lengths[first:last], **kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a batch: with `Batch.padded` batches of many sizes have few. Rows are 0 where there are none."""
+
+    num_tokens: int
+    num_sequences: int
+    max_seqlen: int
+    mlm_rows: int = 0
+    token_rows: int = 0
+
+    def rounded(self, longest: int) -> "Shape":
+        """The next of four shapes an octave; lengths go up to a power of two, or to `longest`, what a model takes.
+
+        A function of the sizes alone: a step has the same shape whatever came before it.
+        """
+        sizes = {name: _next_size(size) for name, size in vars(self).items()}
+        bound = max(SHORTEST, 1 << (self.max_seqlen - 1).bit_length())
+        return Shape(**sizes | {"max_seqlen": max(min(bound, longest), self.max_seqlen)})
+
+
+def _next_size(size: int) -> int:
+    step = 1 << max((size - 1).bit_length() - 3, 0)
+    return -(-size // step) * step
 
 
 def pack(

@@ -29,7 +29,13 @@ class Context:
 
 
 def site_seeds(seed: int | Tensor | None, num_sites: int, device) -> Tensor:
-    """One int64 seed a dropout site; `seed` is an int, an int64 scalar, or None to draw one from torch's generator."""
+    """One int64 seed a dropout site.
+
+    seed: an int, an int64 scalar, None to draw one from torch's generator; or what this returned, at an address that a
+        CUDA graph reads.
+    """
+    if isinstance(seed, Tensor) and seed.ndim == 1:
+        return seed
     if seed is None:
         seed = torch.randint(2**62, ())
     seed = torch.as_tensor(seed, dtype=torch.int64)

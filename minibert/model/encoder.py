@@ -108,6 +108,7 @@ class Bert(nn.Module):
     backend: str
     new_parameters: tuple[str, ...] = ()
     objective = ""  # names the Hugging Face class in config.json
+    paddable = True  # empty sequences behind a batch change nothing of what it gives: see `Batch.padded`
 
     @classmethod
     def from_pretrained(cls, directory, **options):
@@ -128,6 +129,11 @@ class Bert(nn.Module):
         added = sum(layer.a.numel() + layer.b.numel() for _, layer in low_rank(self))
         return sum(p.numel() for p in self.parameters()) - added
 
+    @property
+    def dropout_sites(self) -> int:
+        """That of the embeddings, of all blocks, and of a head."""
+        return 2 + SITES * self.config.num_hidden_layers
+
     def context(self, batch: Batch, seed: int | Tensor | None) -> Context:
         check_batch(self.config, batch)
         schedule = None
@@ -135,8 +141,9 @@ class Bert(nn.Module):
             schedule = attention_schedule(batch.cu_seqlens, batch.num_tokens)
         if not self.training:
             return Context(batch, self.backend, schedule=schedule)
-        sites = 2 + SITES * self.config.num_hidden_layers
-        return Context(batch, self.backend, site_seeds(seed, sites, batch.input_ids.device), batch.rows, schedule)
+        return Context(
+            batch, self.backend, site_seeds(seed, self.dropout_sites, batch.input_ids.device), batch.rows, schedule
+        )
 
 
 class BertModel(Bert):
@@ -203,10 +210,10 @@ def first_tokens(x: Tensor, ctx: Context) -> Tensor:
     batch = ctx.batch
     if batch.min_seqlen > 0:
         return select_rows(x, batch.first_rows, backend=ctx.backend)
-    filled = batch.cu_seqlens.diff() > 0
-    first = x.new_zeros(batch.num_sequences, x.shape[-1])
-    first[filled] = select_rows(x, batch.first_rows[filled], backend=ctx.backend)
-    return first
+    if batch.num_tokens == 0:
+        return x.new_zeros(batch.num_sequences, x.shape[-1])
+    first = select_rows(x, batch.first_rows.clamp(max=batch.num_tokens - 1), backend=ctx.backend)
+    return first.masked_fill((batch.cu_seqlens.diff() == 0)[:, None], 0)
 
 
 def enter(input_ids, attention_mask=None, token_type_ids=None, position_ids=None) -> tuple[Batch, Tensor | None]:

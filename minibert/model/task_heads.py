@@ -152,6 +152,7 @@ class BertForMultipleChoice(TaskHead):
     """A score of every choice's pooled state, [Q, choices]; the choices of a question are sequences in a row."""
 
     objective = "BertForMultipleChoice"
+    paddable = False
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=True, backend=backend)
@@ -195,6 +196,7 @@ class BertForRelationExtraction(TaskHead):
     """
 
     objective = "BertForRelationExtraction"
+    paddable = False
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=False, backend=backend)
@@ -294,16 +296,17 @@ class BertForSentenceEmbedding(BertModel):
 def mean_tokens(x: Tensor, ctx: Context) -> Tensor:
     """The mean state of each sequence, [T, D] to [B, D]; zero for a sequence without tokens."""
     # a bag a sequence, of all its rows in order: summed in float32, in one fixed order, each row read once
-    return F.embedding_bag(torch.arange(len(x), device=x.device), x, ctx.batch.first_rows, mode="mean")
+    rows, borders = torch.arange(len(x), device=x.device), ctx.batch.cu_seqlens.long()
+    return F.embedding_bag(rows, x, borders, mode="mean", include_last_offset=True)
 
 
 def by_sequence(x: Tensor, batch: Batch) -> Tensor:
     """Packed [T, ...] to [B, S, ...], each sequence from column 0, with the lowest number of the dtype behind it."""
-    sequences = torch.arange(batch.num_sequences, device=x.device)
-    sequences = torch.repeat_interleave(sequences, batch.cu_seqlens.diff(), output_size=batch.num_tokens)
-    columns = torch.arange(batch.num_tokens, device=x.device) - batch.first_rows[sequences]
-    padded = x.new_full((batch.num_sequences, batch.max_seqlen, *x.shape[1:]), torch.finfo(x.dtype).min)
-    return padded.index_put((sequences, columns), x)
+    sequences = batch.sequences
+    columns = torch.arange(batch.num_tokens, device=x.device) - batch.cu_seqlens.long()[sequences]
+    # one row more, for the tokens behind the last sequence
+    padded = x.new_full((batch.num_sequences + 1, batch.max_seqlen, *x.shape[1:]), torch.finfo(x.dtype).min)
+    return padded.index_put((sequences, columns.clamp(max=batch.max_seqlen - 1)), x)[:-1]
 
 
 def leave_tokens(output: Output, mask: Tensor) -> Output:
