@@ -86,20 +86,11 @@ def on_host(tensor) -> bool:
 
 
 def check_floating(**tensors) -> None:
-    """Raise the ValueError of a tensor, by name, that is not None and that nothing can be computed with in float32."""
+    """Raise the ValueError of a tensor, by name, that is not None and of no dtype that an op computes in."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATING:
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
             raise ValueError(f"{name} is {tensor.dtype}: expected one of {expected}")
-
-
-def check_device(**tensors) -> None:
-    """Raise the ValueError of a tensor, by name, that is not None and not on the device of the first."""
-    first, *others = tensors
-    device = tensors[first].device
-    for name in others:
-        if tensors[name] is not None and tensors[name].device != device:
-            raise ValueError(f"{name} is on {tensors[name].device}, {first} is on {device}: expected one device")
 
 
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict:

@@ -69,31 +69,35 @@ class SequenceLayout:
     """
 
     def __init__(self, cu_seqlens, max_seqlen, num_tokens):
-        starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        borders = cu_seqlens.long()
+        starts, ends = borders[:-1], borders[1:]
         self.shape = (len(starts), max_seqlen)
-        # where the borders cannot be looked at, so many tokens are taken to be those of full sequences
-        self.full = num_tokens == len(starts) * max_seqlen
-        if self.full and on_host(cu_seqlens):
-            self.full = int(cu_seqlens[-1] - cu_seqlens[0]) == num_tokens
+        # where the host sees that every token is of a sequence, none has to be kept out
+        self.whole = on_host(cu_seqlens) and cu_seqlens[[0, -1]].tolist() == [0, num_tokens]
+        self.full = self.whole and num_tokens == len(starts) * max_seqlen
         index = torch.arange(max_seqlen, device=cu_seqlens.device)
         self.valid = index < (ends - starts)[:, None]  # [B, S]
         if not self.full:
             token = torch.arange(num_tokens, device=cu_seqlens.device)
             sequence = torch.searchsorted(ends, token, right=True)  # B after the last
-            position = token - cu_seqlens.long()[sequence]
-            inside = (position >= 0) & (sequence < len(starts))
-            # [T] into B * S, and one more for what is outside
-            self.slot = torch.where(inside, sequence * max_seqlen + position, len(starts) * max_seqlen)
+            position = token - borders[sequence]
+            self.slot = sequence * max_seqlen + position  # [T] into B * S, and one more for what is outside
+            if not self.whole:
+                inside = (position >= 0) & (sequence < len(starts))
+                self.slot = torch.where(inside, self.slot, len(starts) * max_seqlen)
 
     def pad(self, x):
         if self.full:
             return x.unflatten(0, self.shape)
-        padded = x.new_zeros(self.shape[0] * self.shape[1] + 1, *x.shape[1:])
-        return padded.index_copy_(0, self.slot, x)[:-1].unflatten(0, self.shape)
+        slots = self.shape[0] * self.shape[1]
+        padded = x.new_zeros(slots if self.whole else slots + 1, *x.shape[1:])
+        return padded.index_copy_(0, self.slot, x)[:slots].unflatten(0, self.shape)
 
     def unpad(self, x):
         x = x.flatten(0, 1)
-        return x if self.full else torch.cat([x, x.new_zeros(1, *x.shape[1:])])[self.slot]
+        if not self.whole:
+            x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+        return x if self.full else x[self.slot]
 
     def score_terms(self, dtype, causal, window, score_bias, alibi_slopes=None):
         """What is added to the scores: [B or 1, H or 1, S, S], -inf at keys out of sight; None if there is nothing."""

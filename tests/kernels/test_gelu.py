@@ -142,7 +142,7 @@ def test_an_argument_that_does_not_fit_is_named(op, change, message):
 def test_a_tensor_that_is_not_floating_is_named(op, name, dtype, backend, device):
     tensors = {"x": torch.ones(5, 8, device=device), "bias": torch.ones(8, device=device)}
     tensors[name] = tensors[name].to(dtype)
-    with pytest.raises(ValueError, match=rf"{name} is {dtype}: expected float32, float16, bfloat16 or float64"):
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}: expected one of float32, bfloat16, float16, float64"):
         OPS[op](**tensors, backend=backend)
 
 

@@ -377,7 +377,7 @@ def test_an_argument_that_does_not_fit_is_named(change, message):
 def test_a_tensor_that_is_not_floating_is_named(name, dtype, backend, device):
     tensors = dict(zip(NAMES, inputs(device, 5, 8), strict=True))
     tensors[name] = torch.ones(tensors[name].shape, dtype=dtype, device=device)
-    with pytest.raises(ValueError, match=rf"{name} is {dtype}: expected float32, float16, bfloat16 or float64"):
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}: expected one of float32, bfloat16, float16, float64"):
         dropout_add_norm(**tensors, backend=backend)
 
 
