@@ -37,7 +37,6 @@ from .launch import (
     attention_plan,
     attention_short_plan,
     capability,
-    multiprocessors,
 )
 from .philox import as_seed, threshold
 
@@ -80,18 +79,15 @@ def _run(kernel, programs, plan, q, arguments, **blocks):
 
 
 def _run_long(kernel, direction, q, tensors, cu_seqlens, schedule, strides, max_seqlen, terms, dropped):
-    """A kernel over every piece of work, in natural order a program each, else on a grid that fills the GPU."""
+    """A kernel over every tile of every head, in the order of the sequences or of a schedule."""
     num_tokens, num_heads, head_size = q.shape
     bias = terms.bias_ptr is not None or terms.slopes_ptr is not None
     plan = attention_plan(head_size, _element_size(q), capability(q.device), max_seqlen, direction, bias)
     block = plan.block_n if direction == "dkdv" else plan.block_m
     entries, tokens = (len(cu_seqlens) - 1, max_seqlen) if schedule is None else (len(schedule), SCHEDULE_TILE)
     num_tiles = triton.cdiv(tokens, block)
-    num_work, programs = None, entries * num_heads * num_tiles
-    if schedule is not None and plan.programs_per_sm:
-        num_work, programs = programs, min(programs, plan.programs_per_sm * multiprocessors(q.device))
-    arguments = *tensors, cu_seqlens, schedule, *strides, num_tokens, num_heads, num_tiles, num_work, terms, dropped
-    _run(kernel, programs, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n)
+    arguments = *tensors, cu_seqlens, schedule, *strides, num_tokens, num_heads, num_tiles, terms, dropped
+    _run(kernel, entries * num_heads * num_tiles, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n)
 
 
 def _run_short(kernel, plan, q, tensors, cu_seqlens, strides, terms, dropped):
@@ -387,10 +383,8 @@ def _aot_case(arch, direction, head_size, length=512, *, dropout=False, extras=F
         "dropout": Dropout(26, "*i64") if dropout else Dropout(), "bias_batches": 1, "bias_heads": 12, "max_seqlen": length,
     }  # fmt: skip
     values |= {f"{name}_strides": (3 * 12 * head_size, head_size, 1) for name in ("q", "k", "v")}
-    if not extras or not plan.programs_per_sm:
-        values["num_work"] = None
     values |= {"dout_strides": (12 * head_size, head_size, 1)}
-    sizes = dict.fromkeys(("num_tokens", "num_heads", "num_tiles", "num_work", "num_sequences"), 12)
+    sizes = dict.fromkeys(("num_tokens", "num_heads", "num_tiles", "num_sequences"), 12)
     values = dict.fromkeys(fn.arg_names, dtype) | sizes | values | constexprs
     arguments = aot_arguments(fn, **{name: values[name] for name in fn.arg_names})
     label = ["" if direction in ("fwd", "bwd") else direction, f"short {length}" if short else "", f"d={head_size}"]

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ._triton import tl, triton
-from .philox import philox_tile
+from .philox import bytes_at_least, philox_tile
 
 SCHEDULE_TILE = 128  # tokens of an entry of `attention_schedule`
 
@@ -32,6 +32,7 @@ class Dropout(NamedTuple):
     threshold: Any = 0
     seed_ptr: Any = None
     seq_ids_ptr: Any = None
+    zero: Any = 0.0
 
 
 @triton.jit
@@ -48,15 +49,15 @@ def span(cu_seqlens_ptr, seq):
 
 
 @triton.jit
-def locate(work, cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK: tl.constexpr):
-    """Sequence, head, first row, first token and length of a piece of work; length 0 where it has no row.
+def locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK: tl.constexpr):
+    """Sequence, head, first row, first token and length of this program's tile; length 0 where it has no row.
 
     In natural order num_tiles cover the longest sequence, and those of a head are neighbours (L2 cache). With a
     schedule they cover one of its entries.
     """
-    head = work // num_tiles % num_heads
-    seq = work // num_tiles // num_heads
-    row = work % num_tiles * BLOCK
+    head = tl.program_id(0) // num_tiles % num_heads
+    seq = tl.program_id(0) // num_tiles // num_heads
+    row = tl.program_id(0) % num_tiles * BLOCK
     if schedule_ptr is None:
         first, length = span(cu_seqlens_ptr, seq)
     else:
@@ -133,9 +134,13 @@ def keep_tile(dropout, seq, head, row, col, ROWS: tl.constexpr, COLS: tl.constex
     rows = (row + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
     low, high = (seq_id & 0xFFFFFFFF).to(tl.uint32), ((seq_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = philox_tile(tl.load(dropout.seed_ptr), group.to(tl.uint32)[None, :], rows, low, high)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, COLS // 4, 1)
-    drawn = (words >> (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :]) & 0xFF
-    return drawn.reshape(ROWS, COLS).to(tl.int32) >= dropout.threshold
+    # 8 bits in one word, which changes threads; byte b of word w ends as bit 8 b + 7 - w % 2
+    even = bytes_at_least(w0, dropout.threshold) & 0x80808080 | (bytes_at_least(w2, dropout.threshold) & 0x80808080) >> 1
+    odd = bytes_at_least(w1, dropout.threshold) & 0x80808080 | (bytes_at_least(w3, dropout.threshold) & 0x80808080) >> 1
+    half, byte = tl.arange(0, 2), tl.arange(0, 4)
+    bit = (1 << (byte[None, :] * 8 + 7 - half[:, None])).to(tl.uint32)[None, None, :, None, :]
+    kept = tl.join(even, odd).reshape(ROWS, COLS // 16, 1, 2, 1)
+    return (kept & bit != 0).reshape(ROWS, COLS)
 
 
 @triton.jit

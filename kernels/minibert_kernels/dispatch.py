@@ -85,6 +85,15 @@ def on_host(tensor) -> bool:
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not hidden
 
 
+def check_device(**tensors) -> None:
+    """Raise the ValueError of a tensor, by name, that is not None and not on the device of the first."""
+    first, *others = tensors
+    device = tensors[first].device
+    for name in others:
+        if tensors[name] is not None and tensors[name].device != device:
+            raise ValueError(f"{name} is on {tensors[name].device}, {first} is on {device}: expected one device")
+
+
 def check_floating(**tensors) -> None:
     """Raise the ValueError of a tensor, by name, that is not None and of no dtype that an op computes in."""
     for name, tensor in tensors.items():

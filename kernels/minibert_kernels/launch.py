@@ -212,41 +212,37 @@ def cross_entropy_plan(cols: int) -> CrossEntropyPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d.
-
-    programs_per_sm: of the grid that walks over a schedule; 0 for a program a tile.
-    """
+    """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d."""
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
-    programs_per_sm: int = 0
 
 
-# (block_m, block_n, num_warps, whether a persistent grid may run it) for head sizes up to 64 and up to 128: the largest
+# (block_m, block_n, num_warps) for head sizes up to 64 and up to 128: the largest
 # tiles found that spill no register; with " bias" those where a score bias or ALiBi asks for smaller ones
 ATTENTION_TILES = {
-    ("sm_80", "fwd"): ((128, 64, 8, True), (64, 64, 8, True)),
-    ("sm_80", "fwd bias"): ((64, 32, 4, True), (64, 64, 8, True)),
-    ("sm_80", "dq"): ((64, 32, 4, False), (64, 32, 8, True)),
-    ("sm_80", "dkdv"): ((32, 64, 8, True), (32, 64, 8, True)),
-    ("sm_80", "dkdv bias"): ((32, 32, 4, True), (32, 32, 4, False)),
-    ("sm_80", "dbias"): ((64, 32, 8, False), (64, 16, 8, False)),
-    ("sm_90", "fwd"): ((128, 64, 8, True), (128, 64, 8, False)),
-    ("sm_90", "dq"): ((64, 64, 4, True), (64, 64, 8, False)),
-    ("sm_90", "dkdv"): ((64, 64, 4, False), (32, 64, 8, False)),
-    ("sm_90", "dbias"): ((64, 64, 8, False), (64, 64, 8, False)),
-    ("sm_100", "fwd"): ((64, 64, 4, True), (128, 64, 8, False)),
-    ("sm_100", "fwd bias"): ((64, 64, 4, True), (64, 64, 8, True)),
-    ("sm_100", "dq"): ((64, 64, 4, False), (64, 64, 8, False)),
-    ("sm_100", "dkdv"): ((64, 64, 4, False), (64, 64, 8, False)),
-    ("sm_100", "dbias"): ((64, 64, 8, False), (64, 64, 8, False)),
-    ("float32", "fwd"): ((16, 32, 4, False), (16, 32, 8, False)),
-    ("float32", "dq"): ((16, 32, 4, False), (16, 16, 8, False)),
-    ("float32", "dkdv"): ((32, 32, 8, False), (16, 32, 8, False)),
-    ("float32", "dbias"): ((16, 32, 4, False), (16, 16, 8, False)),
+    ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8)),
+    ("sm_80", "fwd bias"): ((64, 32, 4), (64, 64, 8)),
+    ("sm_80", "dq"): ((64, 32, 4), (64, 32, 8)),
+    ("sm_80", "dkdv"): ((32, 64, 8), (32, 64, 8)),
+    ("sm_80", "dkdv bias"): ((32, 32, 4), (32, 32, 4)),
+    ("sm_80", "dbias"): ((64, 32, 8), (64, 16, 8)),
+    ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8)),
+    ("sm_90", "dq"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_90", "dkdv"): ((64, 64, 4), (32, 64, 8)),
+    ("sm_90", "dbias"): ((64, 64, 8), (64, 64, 8)),
+    ("sm_100", "fwd"): ((64, 64, 4), (128, 64, 8)),
+    ("sm_100", "fwd bias"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_100", "dq"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_100", "dkdv"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_100", "dbias"): ((64, 64, 8), (64, 64, 8)),
+    ("float32", "fwd"): ((16, 32, 4), (16, 32, 8)),
+    ("float32", "dq"): ((16, 32, 4), (16, 16, 8)),
+    ("float32", "dkdv"): ((32, 32, 8), (16, 32, 8)),
+    ("float32", "dbias"): ((16, 32, 4), (16, 16, 8)),
 }
 # the longest sequences of the short form, likewise: up to there its kernels spill no register
 ATTENTION_SHORT_LENGTHS = {
@@ -274,14 +270,12 @@ def attention_plan(
     """
     chip = _attention_chip(element_size, capability)
     tiles = ATTENTION_TILES.get((chip, f"{direction} bias")) if bias else None
-    block_m, block_n, num_warps, persistent = (tiles or ATTENTION_TILES[chip, direction])[head_size > 64]
+    block_m, block_n, num_warps = (tiles or ATTENTION_TILES[chip, direction])[head_size > 64]
     longest = _block(max_seqlen)
     num_warps = num_warps if longest >= min(block_m, block_n) else 4
     return AttentionPlan(
         block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=_block(head_size),
         num_warps=num_warps, num_stages=2 if element_size == 2 else 1,
-        # eight warps of 255 registers fill a multiprocessor
-        programs_per_sm=8 // num_warps if persistent else 0,
     )  # fmt: skip
 
 

@@ -37,6 +37,16 @@ def philox_tile(seed, c0, c1, c2, c3):
 
 
 @triton.jit
+def bytes_at_least(words, threshold):
+    """Four comparisons at once: bit 7 of each byte of uint32 words says whether the byte is at least the threshold, 1 to
+    255; the other bits are noise."""
+    # byte + (256 - threshold) overflows: what bit 7 carries is the majority of its two summands and of what comes in
+    low = (words & 0x7F7F7F7F) + ((256 - threshold) % 128 * 0x01010101).to(tl.uint32)
+    high = ((threshold - 129) >> 31).to(tl.uint32)  # all ones where that is negative
+    return (words & low) | (high & (words | low))
+
+
+@triton.jit
 def row_keep_tile(seed, threshold, rows, M: tl.constexpr, N: tl.constexpr):
     """`row_keep` on a tile: bool [M, N] for int64 row counters [M] and columns 0 .. N-1, N a multiple of 16."""
     group = tl.arange(0, N // 16).to(tl.uint32)[None, :]
