@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from harness import SEED, values_and_gradients
+from instruments import guarded
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -291,7 +292,9 @@ def test_offsets_beyond_2_31_elements_give_the_same_bits(call, tmp_path):
                 moved[name] = Far.apply(t, view)
         return call.op(**moved)
 
-    assert_equal(call.run(dtype=torch.float16, op=distant), near)
+    with guarded(memory):  # an offset that wraps around is refused, where it would end the process
+        ours = call.run(dtype=torch.float16, op=distant)
+    assert_equal(ours, near)
     os.truncate(tmp_path / "holes", 0)
 
 
