@@ -1,14 +1,16 @@
 """What holds for every op with a kernel, whatever it computes: one call of each is in the table at the top."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from harness import SEED, values_and_gradients
+from harness import SEED, arrange, values_and_gradients
 from instruments import guarded
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import minibert_kernels as kernels
 from minibert_kernels import dispatch
+from minibert_kernels.op import Op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -220,6 +223,49 @@ def test_the_same_call_gives_the_same_bits_every_time(call):
     first = call.run()
     for _ in range(249 if DEVICE == "cuda" else 19):  # the interpreter runs programs one after another
         assert_equal(call.run(), first)
+
+
+@pytest.mark.gpu
+def test_long_attention_gives_the_same_bits_every_time():
+    qkv = dict.fromkeys("qkv", (1025, 2, 64))
+    options = {"max_seqlen": 1025, "dropout": 0.1, "seed": SEED}
+    call = Call(kernels.attention, qkv, {"cu_seqlens": ints(0, 1025, dtype=torch.int32)}, options)
+    first = call.run(dtype=torch.bfloat16)
+    for _ in range(250):
+        assert_equal(call.run(dtype=torch.bfloat16), first)
+
+
+def test_an_eager_call_and_the_registered_op_give_the_same_bits(call, monkeypatch):
+    with Recorder() as recorder:
+        registered = call.run()
+    assert len(recorder.calls) >= 2, "a forward and a backward op"
+    if isinstance(vars(sys.modules[call.op.__module__]).get("_forward"), Op):
+        monkeypatch.setattr(CustomOpDef, "__call__", None)  # an eager call goes past the dispatcher
+    assert_equal(call.run(), registered)
+    with torch.no_grad():
+        ours = call.op(**call.tensors(), **call.options, backend="triton")
+    for out, theirs in zip(ours if isinstance(ours, tuple) else (ours,), registered.values(), strict=False):
+        assert torch.equal(out, theirs)
+
+
+@pytest.mark.parametrize("layout", ["wide rows", "misaligned", "transposed", "one row expanded"])
+def test_a_gradient_may_come_in_any_layout(call, layout):
+    tensors = {name: t.requires_grad_() if name in call.shapes else t for name, t in call.tensors().items()}
+    outs = call.op(**tensors, **call.options, backend="triton")
+    outs = [out for out in (outs if isinstance(outs, tuple) else (outs,)) if out.requires_grad]
+    arranged = [arrange(torch.randn(out.shape, device=DEVICE), layout) for out in outs]
+    found, expected = (
+        torch.autograd.grad(outs, [tensors[name] for name in call.shapes], douts, retain_graph=True)
+        for douts in (arranged, [dout.contiguous() for dout in arranged])
+    )
+    assert_equal(dict(zip(call.shapes, found, strict=True)), dict(zip(call.shapes, expected, strict=True)))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="sees the accesses in the interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_access_leaves_the_tensors_of_its_launch(call, dtype):
+    with guarded():
+        call.run(dtype=dtype)
 
 
 def first(outs):

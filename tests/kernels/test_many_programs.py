@@ -1,10 +1,10 @@
-"""Kernels in many programs: values, gradients, and that no program touches what another writes."""
+"""Kernels in many programs: values, gradients, that no program touches what another writes, or what is not its own."""
 
 import inspect
 
 import pytest
 import torch
-from instruments import bfloat16, modules, without_races
+from instruments import bfloat16, guarded, modules, without_races
 from wide_calls import WIDE, lamb, mlm
 
 from minibert_kernels import dispatch
@@ -25,7 +25,7 @@ def assert_several(launches):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WIDE)
 def test_many_programs_give_the_reference_and_touch_nothing_of_each_other(name, dtype):
-    with bfloat16(), without_races() as launches:
+    with bfloat16(), guarded(), without_races() as launches:
         WIDE[name].check(dtype)
     assert_several(launches.seen)
     assert {launch.kernel for launch in launches.seen} == WIDE[name].launches
@@ -41,7 +41,7 @@ def test_every_kernel_runs_in_many_programs():
 
 def test_many_programs_of_lamb_touch_nothing_of_each_other():
     (ours, step), (theirs, reference) = lamb(), lamb()
-    with without_races() as launches:
+    with guarded(*(t for tensors in ours for t in tensors)), without_races() as launches:
         step(backend="triton")
     reference(backend="reference")
     assert_several(launches.seen)
@@ -51,7 +51,7 @@ def test_many_programs_of_lamb_touch_nothing_of_each_other():
 
 @pytest.mark.parametrize("unit", ["token", "word", "span"])
 def test_many_programs_of_mlm_mask_touch_nothing_of_each_other(unit):
-    with without_races() as launches:
+    with guarded(), without_races() as launches:
         ours = mlm(unit)(backend="triton")
     assert_several(launches.seen)
     torch.testing.assert_close(ours, mlm(unit)(backend="reference"), rtol=0, atol=0)
