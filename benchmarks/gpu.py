@@ -312,8 +312,12 @@ def compile_worker(folder: Path, dry: bool) -> None:
     def units(wanted: str):
         for name, call in warm.units(dry):
             if name.startswith(wanted) and shared_work.claim(folder, name):
-                with warm.compile_only() as failed, suppress(Exception):
-                    call()
+                with warm.compile_only() as failed:
+                    try:
+                        call()
+                    except Exception as error:
+                        if not failed:
+                            failed.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 outcome = {"outcome": "failed", "why": "; ".join(failed)} if failed else {"outcome": "passed"}
                 shared_work.add(folder, {"item": name} | outcome)
                 if correctness.context_is_lost():
