@@ -1,10 +1,11 @@
 """A search for better launch plans of attention, which prints the lines to paste into `launch.py`.
 
 It walks from the plan that is there to the fastest of its neighbours, as long as one is faster: half or twice a tile,
-other warps, a persistent grid or none. A neighbour that does not fit the chip, or whose result differs, is passed over.
+other warps. A neighbour that does not fit the chip, or whose result differs, is passed over.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -47,15 +48,13 @@ def calls(qkv: Tensor, cuts: Tensor, length: int) -> dict[str, Callable[[], Tens
 
 
 def neighbours(tiles: tuple) -> Iterator[tuple]:
-    block_m, block_n, warps, *persistent = tiles
+    block_m, block_n, warps = tiles
     for factor in (0.5, 2):
         if block_m * factor in TILES:
-            yield int(block_m * factor), block_n, warps, *persistent
+            yield int(block_m * factor), block_n, warps
         if block_n * factor in TILES:
-            yield block_m, int(block_n * factor), warps, *persistent
-    yield block_m, block_n, 12 - warps, *persistent
-    if persistent:
-        yield block_m, block_n, warps, not persistent[0]
+            yield block_m, int(block_n * factor), warps
+    yield block_m, block_n, 12 - warps
 
 
 def first_ring() -> Iterator[tuple[tuple, int, tuple]]:
@@ -67,15 +66,25 @@ def first_ring() -> Iterator[tuple[tuple, int, tuple]]:
             yield from (((chip, direction), wide, tiles) for tiles in (base, *neighbours(base)))
 
 
-def warm(key: tuple, wide: int, tiles: tuple) -> None:
-    """The calls of a search with one plan, for their compilations."""
+def take(key: tuple, wide: int, tiles: tuple) -> None:
+    """Make `tiles` the plan; what is kept of plans that were looked up before is forgotten."""
     pair = launch.ATTENTION_TILES[key]
     launch.ATTENTION_TILES[key] = tuple(tiles if i == wide else other for i, other in enumerate(pair))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("minibert_kernels"):
+            for function in vars(module).values():
+                getattr(function, "cache_clear", lambda: None)()
+
+
+def warm(key: tuple, wide: int, tiles: tuple) -> None:
+    """The calls of a search with one plan, for their compilations."""
+    before = launch.ATTENTION_TILES[key][wide]
+    take(key, wide, tiles)
     try:
         made = calls(*inputs(not torch.cuda.is_available(), HEAD_SIZES[wide], LENGTH, torch.bfloat16), LENGTH)
         made[DIRECTIONS[key[1]]]()
     finally:
-        launch.ATTENTION_TILES[key] = pair
+        take(key, wide, before)
 
 
 def timed(call: Callable[[], Tensor], rounds: int) -> float:
@@ -85,18 +94,17 @@ def timed(call: Callable[[], Tensor], rounds: int) -> float:
 
 def walk(key: tuple, wide: int, call: Callable[[], Tensor], rounds: int, end: float) -> tuple[tuple, float, float]:
     """The best tiles found for launch.ATTENTION_TILES[key][wide], seconds before, seconds with them."""
-    pair = launch.ATTENTION_TILES[key]
 
     def tried(tiles):
-        launch.ATTENTION_TILES[key] = tuple(tiles if i == wide else other for i, other in enumerate(pair))
+        take(key, wide, tiles)
         result = call()
         if not torch.allclose(result.float(), truth, rtol=0, atol=0.02 * float(truth.abs().max())):
             raise ArithmeticError(f"{key} {tiles}: another result")
         return timed(call, rounds)
 
     truth = call().float()
-    best, before = pair[wide], timed(call, rounds)
-    fastest, seen, better = before, {pair[wide]}, True
+    best, before = launch.ATTENTION_TILES[key][wide], timed(call, rounds)
+    fastest, seen, better = before, {best}, True
     while better:
         better = False
         for tiles in list(neighbours(best)):
@@ -110,7 +118,7 @@ def walk(key: tuple, wide: int, call: Callable[[], Tensor], rounds: int, end: fl
                 continue
             if taken < GAIN * fastest:
                 best, fastest, better = tiles, taken, True
-    launch.ATTENTION_TILES[key] = tuple(best if i == wide else other for i, other in enumerate(pair))
+    take(key, wide, best)
     return best, before, fastest
 
 

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from benchmarks import cases, correctness, gpu, shared_work, warm
+from benchmarks import cases, correctness, gpu, plans, shared_work, warm
 from benchmarks.__main__ import main
 from benchmarks.gpu import Stage
+from minibert_kernels import launch
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(gpu.ROOT), str(gpu.ROOT / "kernels")])}
 
@@ -258,3 +259,16 @@ def test_what_a_launch_specialises_is_compiled_once_into_the_cache_and_nothing_i
         subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, env=environment, check=True)
         counts.append(gpu.kernels_in(environment))
     assert counts == [1, 1]
+
+
+def test_a_plan_that_is_taken_is_what_the_next_launch_asks_for():
+    key, looked_up = ("sm_90", "dq"), lambda: launch.attention_plan(64, 2, 90, 512, "dq")
+    before, default = launch.ATTENTION_TILES[key][0], looked_up()
+    plans.take(key, 0, (32, 32, 8))
+    try:
+        changed = looked_up()
+        assert (changed.block_m, changed.block_n, changed.num_warps) == (32, 32, 8)
+    finally:
+        plans.take(key, 0, before)
+    assert looked_up() == default
+    assert {tiles for _, _, tiles in plans.first_ring()} > {before, *plans.neighbours(before)}
