@@ -295,9 +295,9 @@ class BertForSentenceEmbedding(BertModel):
 
 def mean_tokens(x: Tensor, ctx: Context) -> Tensor:
     """The mean state of each sequence, [T, D] to [B, D]; zero for a sequence without tokens."""
-    # a bag a sequence, of all its rows in order: summed in float32, in one fixed order, each row read once
-    rows, borders = torch.arange(len(x), device=x.device), ctx.batch.cu_seqlens.long()
-    return F.embedding_bag(rows, x, borders, mode="mean", include_last_offset=True)
+    # a bag a sequence, of all its rows in order: summed in float32, in one fixed order, each row read once; and one bag
+    # of the rows behind the last sequence
+    return F.embedding_bag(torch.arange(len(x), device=x.device), x, ctx.batch.cu_seqlens.long(), mode="mean")[:-1]
 
 
 def by_sequence(x: Tensor, batch: Batch) -> Tensor:
