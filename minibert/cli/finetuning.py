@@ -58,6 +58,7 @@ from .flags import (
     Backend,
     BatchSize,
     Clip,
+    CudaGraph,
     Decay,
     Device,
     Directory,
@@ -86,8 +87,8 @@ from .flags import (
 from .sweeping import grid, report_runs
 
 RESULTS = "results.json"
-TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate split_on_oom ema patience
-dtype save_every keep_last log_every parallel seed device"""
+TRAINING = """optimizer lr warmup schedule weight_decay layer_decay unfreeze clip accumulate split_on_oom cuda_graph ema
+patience dtype save_every keep_last log_every parallel seed device"""
 FITTING = """max_train batch_size group_by_length epochs steps eval_every scratch reinit_layers lora lora_alpha backend
 allow_pickle resume"""
 
@@ -136,6 +137,7 @@ def finetune(
     clip: Clip = 1.0,
     accumulate: Accumulate = 1,
     split_on_oom: SplitOnOom = False,
+    cuda_graph: CudaGraph = False,
     ema: Annotated[float | None, "average the weights, with this decay; evaluate and save the average"] = None,
     patience: Annotated[int | None, "stop after so many evaluations without a better result"] = None,
     eval_every: Annotated[int | None, "steps between evaluations; by default one an epoch"] = None,
@@ -165,7 +167,7 @@ def finetune(
         check_fractions(test_fraction=test_fraction)
     if seeds <= 0:
         raise ValueError(f"seeds={seeds} is not positive")
-    World.current().check(accumulate, split_on_oom)
+    World.current().check(accumulate, split_on_oom=split_on_oom, cuda_graph=cuda_graph)
     options["device"] = resolve_device(device)
     check_backend(backend, options["device"])
     source, runs, results = resolve_model(init), grid(options), {}

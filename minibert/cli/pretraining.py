@@ -56,6 +56,7 @@ from .flags import (
     Cased,
     CheckpointActivations,
     Clip,
+    CudaGraph,
     DataColumn,
     Decay,
     Device,
@@ -82,8 +83,8 @@ from .phases import plan_phases, refuse_other_form
 SHORTEST = 8  # [CLS] A [SEP] B [SEP], with a few tokens to mask
 STEPS = 1000  # where neither steps nor minutes are given
 TRAINING = """steps minutes optimizer lr warmup schedule final_lr decay power weight_decay beta1 beta2 eps clip
-accumulate ramp split_on_oom checkpoint_activations ema spike skip patience seed dtype eval_every eval_batches
-save_every keep_last log_every writer parallel"""
+accumulate ramp split_on_oom checkpoint_activations cuda_graph ema spike skip patience seed dtype eval_every
+eval_batches save_every keep_last log_every writer parallel"""
 SAMPLING = "seed batch_tokens max_length mask_rate mask_unit whole_word max_span mask_count all_mask objectives"
 PHASED = [name for name in f"{TRAINING} {SAMPLING}".split() if name not in ("seed", "objectives")]  # may differ
 
@@ -136,6 +137,7 @@ def pretrain(
     ramp: Annotated[float, "share of the run in which a step grows from 1 micro-batch to --accumulate"] = 0.0,
     split_on_oom: SplitOnOom = False,
     checkpoint_activations: CheckpointActivations = False,
+    cuda_graph: CudaGraph = False,
     ema: Annotated[float | None, "average the weights, with this decay; evaluate and save the average"] = None,
     spike: Annotated[float | None, "a step is bad whose loss is so many times its mean of late"] = None,
     skip: Annotated[int, "bad steps in a row to leave out; a spike or what is not finite stops the run otherwise"] = 0,
@@ -200,7 +202,7 @@ def plan(options: dict[str, Any], start: Path | None, phase: int | None = None) 
         except ValueError as error:
             raise ValueError(f"phase {phase}: {error}") from None
     config = TrainConfig(**pick(options, TRAINING), device=resolve_device(options["device"]), best_metric="loss")
-    World.current().check(config.accumulate, config.split_on_oom)
+    World.current().check(config.accumulate, **config.alone)
     check_fractions(mask_rate=options["mask_rate"])
     if options["whole_word"] and options["mask_unit"] == "span":
         raise ValueError("whole_word=True and mask_unit='span' contradict each other: choose one")

@@ -27,7 +27,7 @@ LOCK = ".lock"
 STEP, PHASE = re.compile(r"step-(0|[1-9]\d*)"), re.compile(r"phase-([1-9]\d*)")
 HALF = re.compile(r"\..+\.\d+\.tmp")  # as `write_atomically` names what it has not finished
 # the only fields that a resumed run may change: neither weights nor log depend on them, but for the order of sums
-FREE = ("save_every", "keep_last", "writer", "parallel", "checkpoint_activations", "split_on_oom")
+FREE = ("save_every", "keep_last", "writer", "parallel", "checkpoint_activations", "split_on_oom", "cuda_graph")
 logger = logging.getLogger(__name__)
 
 

@@ -52,12 +52,16 @@ class World:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def check(self, accumulate: int, split_on_oom: bool = False) -> None:
-        """Raise ValueError unless every process gets as many micro-batches of a step, and keeps them as they are."""
+    def check(self, accumulate: int, **alone: bool) -> None:
+        """Raise ValueError unless every process gets as many micro-batches of a step.
+
+        alone: options that are for one process only, by name.
+        """
         if (near := self.fill(accumulate)) != accumulate:
             raise ValueError(f"accumulate={accumulate} is not divisible by {self.size} processes: use {near}")
-        if split_on_oom and self.size > 1:
-            raise ValueError(f"split_on_oom=True is for one process, not for {self.size}: use smaller micro-batches")
+        for name, value in alone.items():
+            if value and self.size > 1:
+                raise ValueError(f"{name}=True is for one process, not for {self.size}: leave it out")
 
     def fill(self, count: int) -> int:
         """The least number from `count` on of which every process gets as many."""

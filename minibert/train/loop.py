@@ -14,7 +14,7 @@ import platform
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,6 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-
-from minibert_kernels.philox import fold
 
 from .. import __version__, hub
 from ..batch import Batch
@@ -35,12 +33,14 @@ from . import checkpoint
 from .average import Average, put_back
 from .card import record_run, write_card
 from .checkpoint import Run
-from .distributed import Losses, World, claim
+from .distributed import World, claim
+from .graph import GraphedStep
 from .guard import Guard
 from .log import METRICS, MetricsLog, Progress, truncate_metrics
-from .optim import OPTIMIZERS, cut_by_depth, drop_frozen, load_optimizer_state, optimizer_state
+from .optim import CAPTURABLE, OPTIMIZERS, cut_by_depth, load_optimizer_state, optimizer_state
 from .schedule import SCHEDULES, factor, micro_batches
 from .signals import listen
+from .step import EagerStep, autocast
 from .writers import WRITERS
 
 Dtype = Literal["float32", "bfloat16"]
@@ -49,7 +49,6 @@ Parallel = Literal["ddp", "fsdp"]
 OPTIMIZER = "optimizer.safetensors"
 TRAINED = "trained.safetensors"  # the weights themselves, where model.safetensors holds their average
 LEARNED = "learned.safetensors"  # what learns, where model.safetensors holds its sum with what is frozen
-DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
 logger = logging.getLogger(__name__)
 
 
@@ -92,6 +91,7 @@ class TrainConfig:
         but for the order of sums; one process only.
     checkpoint_activations: keep the inputs of the encoder's blocks alone, and compute the blocks again in the backward
         pass: the same bits in less memory.
+    cuda_graph: capture the step as CUDA graphs and replay them, by one process with a GPU; see `graph.GraphedStep`.
     ema: the most that an average of the weights keeps of itself in a step; it is what is evaluated and saved.
     spike, skip: the step is bad whose loss is above spike times the mean of late; so many in a row are left out.
     patience: stop after so many evaluations without a better best_metric.
@@ -123,6 +123,7 @@ class TrainConfig:
     ramp: float = 0.0
     split_on_oom: bool = False
     checkpoint_activations: bool = False
+    cuda_graph: bool = False
     ema: float | None = None
     spike: float | None = None
     skip: int = 0
@@ -180,11 +181,27 @@ class TrainConfig:
         one_of("dtype", self.dtype, get_args(Dtype))
         one_of("best_mode", self.best_mode, get_args(Mode))
         one_of("parallel", self.parallel, get_args(Parallel))
-        check_device(self.device)
+        device = check_device(self.device)
+        if self.cuda_graph:
+            if device.type != "cuda":
+                raise ValueError(f"cuda_graph=True needs a GPU, not device={self.device!r}: use cuda_graph=False")
+            if self.optimizer not in CAPTURABLE:
+                raise ValueError(
+                    f"cuda_graph=True: optimizer={self.optimizer!r} reads the learning rate on the host: "
+                    f"use one of {', '.join(CAPTURABLE)}"
+                )
+            for name in ("unfreeze", "split_on_oom", "checkpoint_activations"):
+                if value := getattr(self, name):
+                    raise ValueError(f"cuda_graph=True does not go with {name}={value!r}: use one of the two")
 
     @property
     def warmup_steps(self) -> int:
         return self.warmup if _is_whole(self.warmup) else round(self.warmup * self.steps)
+
+    @property
+    def alone(self) -> dict[str, bool]:
+        """The options that are for one process only."""
+        return {name: getattr(self, name) for name in ("split_on_oom", "cuda_graph")}
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of the run that is done in step `step` (from 0), `seconds` after the start."""
@@ -275,7 +292,7 @@ class Trainer:
         weights: Mapping[str, float] | None = None, moments: Path | None = None,
     ):  # fmt: skip
         self.world = World.current()
-        self.world.once(lambda: self.world.check(config.accumulate, config.split_on_oom))
+        self.world.once(lambda: self.world.check(config.accumulate, **config.alone))
         self.device = self.world.place(check_device(config.device))
         if config.parallel == "fsdp" and self.world.size > 1:
             from .sharded import Sharded  # imports half a second of torch
@@ -303,7 +320,12 @@ class Trainer:
         self.average = None if config.ema is None else Average(model, config.ema)
         self.guard = Guard(config.skip, config.spike)
         self.step = self.cursor = 0
-        self.pieces = 1  # of a micro-batch: more where memory ran out
+        if config.cuda_graph:
+            self.work = GraphedStep(self.model, self.optimizer, config, self.weights)
+        else:
+            progress = lambda: config.progress(self.step, self._elapsed())  # noqa: E731
+            rest = {"parts": parts, "progress": progress, "world": self.world}
+            self.work = EagerStep(self.model, self.optimizer, config, self.weights, **rest)
         self.best, self.metrics, self.checkpoint = None, {}, None
         self.started, self.over = time.monotonic(), False  # by the clock, when the first process would have started
         if moments:
@@ -312,7 +334,6 @@ class Trainer:
             self.load(directory, state)
         if run.resume:
             self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
-        self.losses = Losses(self.model)
 
     def run(self) -> Result:
         """Train from where the state is to the last step."""
@@ -383,9 +404,7 @@ class Trainer:
         """Record the start, draw the first step, and let gradients be means over the ranks."""
         self.world.once(lambda: record_run(self.path, self.step, self.saved))
         drawn = self._draw(self.cursor, self.step)
-        with self._autocast():
-            example = drawn[0][0].to(self.device), self.config.seed, list(drawn[1][0])
-            self.losses = self.world.spread(self.losses, *example)
+        self.work.begin(drawn[0][0], drawn[1][0])
         return drawn
 
     def _draw(self, cursor: int, step: int = 0) -> tuple[list[Batch], list[dict[str, float]], int]:
@@ -400,54 +419,9 @@ class Trainer:
             totals.update(count)
         return batches, [{name: n / max(totals[name], 1) for name, n in count.items()} for count in counts], cursor
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
-
     def _backward(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
-        """Gradients of one step, with smaller pieces where memory runs out. Returns what `_gradients` does."""
-        while True:
-            try:
-                return self._gradients(batches, weights)
-            except torch.OutOfMemoryError:
-                if not self.config.split_on_oom or self.pieces >= max(batch.num_sequences for batch in batches):
-                    raise
-            # out here, where the error no longer holds on to what the try had made
-            self.pieces *= 2
-            logger.warning(
-                "step %d: out of memory: micro-batches are cut into %d from here", self.step + 1, self.pieces
-            )
-
-    def _gradients(self, batches: list[Batch], weights: list[dict[str, float]]) -> Tensor:
-        """Gradients of one step. Returns [1 + micro-batches * parts] on the device: the gradient's norm, the losses.
-
-        The norm is that of the reduced gradient and the losses are those of all ranks: each decides the same.
-        """
-        # not keyed on the micro-batch: dropout is keyed on sequences, so it is the same however the step is cut
-        seed = fold(self.config.seed, DROPOUT, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        world, losses = self.world, []
-        for batch, share in zip(batches, weights[world.rank :: world.size], strict=True):
-            # times the ranks, over which the gradients will be averaged
-            factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
-            total = torch.zeros(len(share), device=self.device)
-            for piece, own in self._cut(batch):
-                with world.reducing(self.losses, last=batch is batches[-1]):
-                    with self._autocast():
-                        means = self.losses(piece.to(self.device), seed, list(share))
-                    sum(means[name] * (own[name] * factor) for name, factor in factors.items()).backward()
-                total += torch.stack([own[name] * mean.detach().float() for name, mean in means.items()])
-            losses.append(total)
-        if self.config.unfreeze:
-            drop_frozen(self.optimizer, self.config.progress(self.step, self._elapsed()))
-        norm = world.clip(self.model, self.config.clip or math.inf)
-        return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
-
-    def _cut(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, float]]]:
-        """The pieces of a micro-batch, and the share that each has in its losses."""
-        counts = self.parts(batch)
-        for piece in batch.split(self.pieces):
-            own = counts if piece is batch else self.parts(piece)
-            yield piece, {name: own[name] / count if count else 1.0 for name, count in counts.items()}
+        """Gradients of one step. Returns their norm and the losses of all ranks, which are read in `_update`."""
+        return self.work.gradients(self.step, batches, weights[self.world.rank :: self.world.size])
 
     def _update(self, batches: list[Batch], weights: list[dict[str, float]], values: Tensor) -> dict:
         """The optimizer's step, unless the guard finds it bad. Returns the record of the step."""
@@ -462,7 +436,8 @@ class Trainer:
             if not math.isfinite(loss)
         ]
         loss = sum(self.weights.get(name, 1.0) * mean for name, mean in means.items())
-        record = {"step": self.step + 1, "loss": loss} | means | ({"pieces": self.pieces} if self.pieces > 1 else {})
+        pieces = {"pieces": self.work.pieces} if self.work.pieces > 1 else {}
+        record = {"step": self.step + 1, "loss": loss} | means | pieces
         if broken:
             fault, numbers = f"{broken[0][0]} is {broken[0][1]}", [number for _, _, number in broken]
         else:
@@ -472,9 +447,7 @@ class Trainer:
             return record | {"grad_norm": norm, "skipped": fault}
         self.guard.good(loss)
         lr = self.config.learning_rate(self.config.progress(self.step, self._elapsed()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        self.optimizer.step()
+        self.work.update(lr)
         if self.average:
             self.average.update(self.step)
         return record | {"learning_rate": lr, "grad_norm": norm}
@@ -504,7 +477,7 @@ class Trainer:
         """Evaluate; true where the result is the best so far."""
         config = self.config
         self.model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self.config, self.device):
             self.metrics = self.world.measure(self.model, self._measure)
         self.model.train()
         if config.best_metric is None:
@@ -544,7 +517,7 @@ class Trainer:
     def _describe(self, directory: Path) -> None:
         """Write what a checkpoint holds beside tensors."""
         state = {"step": self.step, "cursor": self.cursor, "best": self.best, "metrics": self.metrics}
-        state |= {"guard": self.guard.state, "pieces": self.pieces}
+        state |= {"guard": self.guard.state, "pieces": self.work.pieces}
         if self.config.minutes is not None:  # without, the bytes do not depend on the clock
             state["seconds"] = time.monotonic() - self.started
         text = json.dumps(state | self.saved | {"versions": _versions()}, indent=2)
@@ -561,7 +534,7 @@ class Trainer:
         self.step, self.cursor, self.checkpoint = state["step"], state["cursor"], directory
         self.best, self.metrics = state["best"], state["metrics"]
         self.guard.load(state.get("guard", {}))
-        self.pieces = state.get("pieces", 1)
+        self.work.pieces = state.get("pieces", 1)
         self.started -= state.get("seconds", 0.0)
 
     def _load_tensors(self, path: Path, load: Callable[[dict[str, Tensor]], None]) -> None:

@@ -106,6 +106,7 @@ def sgd(
 
 # word -> (model, lr, weight_decay, betas, eps) -> optimizer
 OPTIMIZERS = {"adamw": adamw, "bertadam": bertadam, "lamb": lamb, "sgd": sgd}
+CAPTURABLE = ("adamw", "bertadam", "lamb")  # a group's lr may be a tensor on the device, which a CUDA graph reads anew
 
 
 def depths(model: nn.Module) -> dict[str, int]:

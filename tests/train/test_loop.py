@@ -20,7 +20,8 @@ from minibert.train import (
     train,
 )
 from minibert.train.checkpoint import Run
-from minibert.train.loop import DROPOUT, Trainer
+from minibert.train.loop import Trainer
+from minibert.train.step import DROPOUT
 from minibert_kernels.philox import fold
 
 

@@ -110,6 +110,6 @@ def test_memory_that_has_no_room_for_one_sequence_or_is_not_to_be_split_for_ends
 def test_several_processes_refuse_to_split(tmp_path):
     config = make_config(accumulate=2, split_on_oom=True)
     ends = together(2, lambda world: train_tiny(tmp_path / "run", config=config), tmp_path / "work")
-    line = "split_on_oom=True is for one process, not for 2: use smaller micro-batches"
+    line = "split_on_oom=True is for one process, not for 2: leave it out"
     assert ends == [Failed("ValueError", line), Failed("PeerFailed", "rank 0 failed, and says why")]
     World().check(3, split_on_oom=True)
