@@ -24,7 +24,7 @@ ALLOWED = {
     "integrations": {"config", "batch", "data", "hub", "model"},
     "train": BASE | {"minibert", "minibert_kernels"},
     "tasks": BASE | {"train"},
-    "profile": BASE | {"minibert", "train"},
+    "profile": BASE | {"minibert", "minibert_kernels", "train"},
     "explain": BASE - {"hub", "files", PHILOX} | {"tasks", "train"},
     "demo": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "cli"},
     "cli": BASE | {"minibert", "minibert_kernels", "train", "tasks", "integrations", "profile", "explain", "demo"},

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from ._triton import AVAILABLE, triton
+from .launch import posing
 
 BACKENDS = ("auto", "triton", "reference")
 REFERENCE = "reference.py"
@@ -81,7 +82,7 @@ def use_triton(op: str, backend: str, *tensors, unsupported: str | None = None) 
 def on_host(tensor) -> bool:
     """Whether a tensor's values can be looked at now, without waiting for a device."""
     # a tensor under a transform of torch.func may stand for many
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or posing()
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not hidden
 
 
@@ -124,7 +125,7 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
 def _missing(device_type: str, dtype: torch.dtype, interpret: bool) -> str | None:
     if not AVAILABLE:
         return "needs the package triton, which is not installed"
-    if device_type != "cuda" and not interpret:
+    if device_type != "cuda" and not interpret and not posing():
         return f"needs CUDA tensors, got {device_type}"
     allowed = (torch.float32, torch.float16) + ((torch.bfloat16,) if not interpret else ())
     if dtype.is_floating_point and dtype not in allowed:  # ids are moved and masked too

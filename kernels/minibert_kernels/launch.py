@@ -19,11 +19,35 @@ FP_FUSION = True
 VARYING = ("n_rows",)
 
 
+@dataclass(frozen=True)
+class Pose:
+    """The GPU that CPU tensors are taken to lie on, where launches are recorded and none is made (`launches`)."""
+
+    capability: int
+    multiprocessors: int
+
+
+_pose: Pose | None = None
+
+
+def pose(gpu: Pose | None) -> None:
+    """From now on CPU tensors stand for tensors of this GPU; None: they do not."""
+    global _pose
+    _pose = gpu
+    capability.cache_clear()
+    multiprocessors.cache_clear()
+
+
+def posing() -> bool:
+    """Whether CPU tensors stand for tensors of a GPU: no value of theirs means anything."""
+    return _pose is not None
+
+
 @cache
 def capability(device: torch.device) -> int:
     """The GPU's, e.g. 90; the interpreter takes the plans of one."""
     if device.type != "cuda":
-        return 90
+        return _pose.capability if _pose else 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -31,7 +55,9 @@ def capability(device: torch.device) -> int:
 @cache
 def multiprocessors(device: torch.device) -> int:
     """How many a persistent grid fills; two in the interpreter, so that the loop over tiles is seen there."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    if device.type != "cuda":
+        return _pose.multiprocessors if _pose else 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def ceil_div(a, b):

@@ -37,7 +37,7 @@ from .roofline import (
     step_rows,
     step_text,
 )
-from .xray_compile import all_facts, cases, code, facts, options_of
+from .xray_compile import all_facts, cases, code, facts, launched_cases, matches, options_of, plan_of
 from .xray_limits import LIMITS, check_pattern, faults, load_json, load_limits
 from .xray_text import KEY, diff, markdown, table
 
@@ -120,7 +120,7 @@ def _row(case, capability, options, facts):
     share, limiter = occupancy(
         capability, warps, facts["registers"], facts["shared_bytes"], facts.pop("tensor_columns")
     )
-    work = kernel_work(case.op, case.direction, case.label)
+    work = kernel_work(case.op, case.direction, plan_of(case.label))
     if work:
         facts |= {"unit": work.unit, "bytes_per_unit": work.bytes, "flops_per_unit": work.flops}
         facts |= {"intensity": round(work.flops / work.bytes, 1)}
@@ -131,15 +131,22 @@ def _row(case, capability, options, facts):
     )  # fmt: skip
 
 
-def compile_all(architectures=ARCHITECTURES, only: str = "", processes: int = 2, failed=None) -> list[Row]:
+def compile_all(
+    architectures=ARCHITECTURES, only: str = "", processes: int = 2, failed=None, more: dict | None = None
+) -> list[Row]:
     """A row for every case of every architecture, in order; only what is not in the cache is compiled.
 
     Args:
+        more: cases beside those of the ops, by architecture.
         failed: called with what is to be said of a kernel that does not compile, which then has no row.
     Raises:
         RuntimeError: a kernel does not compile, and there is no `failed`.
     """
-    work = [(arch, case) for arch in architectures for case in cases(arch, only)]
+    more = more or {}
+    work = [
+        (arch, case) for arch in architectures
+        for case in (*cases(arch, only), *(c for c in more.get(arch, ()) if matches(c, only)))
+    ]  # fmt: skip
     found = zip(work, all_facts(work, processes, failed), strict=True)
     return [_row(case, arch, options_of(case), facts) for (arch, case), facts in found if facts]
 
@@ -191,7 +198,7 @@ def counted_ops(found) -> list[str]:
 
 def with_bytes(row: Row, counts: list[dict]) -> Row:
     """The row with the bytes that its op and direction move, over the minimum, if a call of its form was counted."""
-    label, name = counted_label(row.op, row.plan), "forward" if row.direction == "fwd" else "backward"
+    label, name = counted_label(row.op, plan_of(row.plan)), "forward" if row.direction == "fwd" else "backward"
     found = [c for c in counts if (c["op"], c["label"]) == (row.op, label) and c[name]]
     return dataclasses.replace(row, bytes_over_minimum=found[0][f"{name}_over_minimum"] if found else None)
 
@@ -217,7 +224,7 @@ def counted_label(op: str, plan: str) -> str | None:
 def with_time(row: Row, gpu: str | None = None, matrix_share: float = MATRIX_SHARE) -> Row:
     """The row with its predicted time and occupancy on the named GPU, or where that runs other code on `TYPICAL`'s."""
     name = gpu if gpu and GPUS[gpu].arch == row.arch else TYPICAL[row.arch]
-    found, work = {"gpu": name}, kernel_work(row.op, row.direction, row.plan)
+    found, work = {"gpu": name}, kernel_work(row.op, row.direction, plan_of(row.plan))
     if GPUS[name].capability != row.arch:
         capacity = occupancy(GPUS[name].capability, row.num_warps, row.registers, row.shared_bytes)
         found |= {"occupancy": round(capacity[0], 4), "limiter": capacity[1]}
@@ -244,9 +251,12 @@ def run(
     *, only: str = "", arch=None, gpu: str | None = None, step=None, lengths=None, tokens: int = STEP_TOKENS,
     matrix_share: float = MATRIX_SHARE, as_json: bool = False, as_markdown: bool = False, diff_with: str | None = None,
     ptx: str | None = None, sass: str | None = None, limits: str | None = None, processes: int | None = None,
+    launches=None,
 ) -> int:  # fmt: skip
     """Print what is asked for, as the flags of `main` say; returns the exit code.
 
+    Args:
+        launches: from an architecture to recorded `Launches`, by name: their variants are compiled, too.
     Raises:
         ValueError: an option is wrong, or there is no compiler here.
         RuntimeError: a kernel does not compile, or cannot be counted.
@@ -261,9 +271,10 @@ def run(
     ops = counted_ops(case.op for a in arch for case in cases(a, only))
     if not ops:
         raise ValueError(f"only={only!r} matches no kernel")
+    more = {a: launched_cases(launches(a).values(), a) for a in arch} if launches else {}
     counting = Counting(ops)
     try:
-        rows = compile_all(arch, only, processes or os.cpu_count() or 1)
+        rows = compile_all(arch, only, processes or os.cpu_count() or 1, more=more)
         counts = counting.result()
     finally:
         counting.stop()

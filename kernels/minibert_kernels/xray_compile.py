@@ -4,10 +4,11 @@ import io
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,10 +17,12 @@ from . import embedding, gelu, lamb, layer_norm, masking, packing, sass, segment
 from ._triton import compiler_versions, triton
 from .attention import aot_cases as attention_cases
 from .launch import FP_FUSION, AotCase
+from .launches import Launches
 from .linear_cross_entropy import aot_cases as cross_entropy_cases
 
 MODULES = (gelu, layer_norm, embedding, segment, packing, masking, lamb)
 CASES = (attention_cases, cross_entropy_cases, *(module.aot_cases for module in MODULES))
+LAUNCHED = ", launched"  # ends the label of a case that was recorded
 CHUNK = 12  # kernels that a process compiles at once: the disassembler takes 0.2 s to start
 # what is kept of a kernel
 FACTS = (
@@ -35,7 +38,44 @@ def _every_case(capability):
 
 def cases(capability: int, only: str = "") -> list[AotCase]:
     """The kernels of an architecture's default launch plans whose "op direction plan" the pattern matches."""
-    return [c for c in _every_case(capability) if re.search(only, f"{c.op} {c.direction} {c.label}")]
+    return [case for case in _every_case(capability) if matches(case, only)]
+
+
+def matches(case: AotCase, only: str) -> bool:
+    return bool(re.search(only, f"{case.op} {case.direction} {case.label}"))
+
+
+def plan_of(label: str) -> str:
+    """The label of the case that a recorded one is named after; any other label as it is."""
+    return label.split(LAUNCHED)[0]
+
+
+def launched_cases(launches: Iterable[Launches], capability: int) -> list[AotCase]:
+    """The variants among recorded launches that are none of the `cases`, as cases named after the nearest of those."""
+    known = _every_case(capability)
+    seen, labels, found = {_identity(case) for case in known}, Counter(), []
+    for variant in (variant for one in launches for variant in one.variants):
+        near = min((c for c in known if c.fn is variant.source.fn), key=lambda c: _distance(variant, c), default=None)
+        case = variant.case("unknown", "fwd", variant.kernel, False)
+        if near:
+            case = variant.case(near.op, near.direction, near.label + LAUNCHED, near.matmul)
+        if _identity(case) not in seen:
+            seen.add(_identity(case))
+            name = (case.op, case.direction, case.label)
+            labels[name] += 1
+            found.append(replace(case, label=f"{case.label} {labels[name]}") if labels[name] > 1 else case)
+    return found
+
+
+def _identity(case):
+    return source(case).hash(), tuple(options_of(case).values())
+
+
+def _distance(variant, case):
+    """In how many arguments' types and values a variant and a case differ."""
+    a, b = variant.source, source(case)
+    pairs = ((a.signature, b.signature), (a.constants, b.constants), (a.attrs, b.attrs))
+    return sum(str(x.get(key)) != str(y.get(key)) for x, y in pairs for key in x.keys() | y.keys())
 
 
 def source(case: AotCase):

@@ -16,6 +16,7 @@ def xray(
     sass: Annotated[str | None, "print their machine code"] = None,
     diff: Annotated[str | None, "say what changed since this output of --json"] = None,
     limits: Annotated[str | None, "a file to take the place of xray_limits.json"] = None,
+    launches: Annotated[bool, "also the variants that steps of BERT-base launch, as recorded"] = False,
     processes: Annotated[int | None, "compile with this many, by default one a core"] = None,
     markdown: Annotated[bool, "print the tables of kernels/README.md"] = False,
     json: Annotated[bool, "print one object: versions, rows and steps"] = False,
@@ -26,7 +27,10 @@ def xray(
     """
     from minibert_kernels.xray import run
 
+    from ..profile.launches import bert_base
+
     return run(
         only=only, arch=arch, gpu=gpu, step=step, lengths=lengths, tokens=tokens, matrix_share=matrix_share, ptx=ptx,
         sass=sass, diff_with=diff, limits=limits, processes=processes, as_markdown=markdown, as_json=json,
+        launches=bert_base if launches else None,
     )  # fmt: skip
