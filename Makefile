@@ -37,9 +37,14 @@ $(SETUP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# every kernel compiled for four architectures, against the limits of xray_limits.json
+# every kernel, and what steps of BERT-base launch, compiled for four architectures, against xray_limits.json
 xray: $(SETUP)
-	$(BIN)/python -m minibert_kernels.xray
+	$(BIN)/minibert xray --launches
+
+# an hour and gigabytes the first time: the same for every Triton that is supported
+TRITONS ?= .tritons
+triton-matrix: $(SETUP)
+	$(BIN)/python -m minibert_kernels.matrix --tritons $(TRITONS)
 
 bench: $(SETUP)
 	$(BIN)/python -m benchmarks infer --quick
@@ -48,4 +53,4 @@ bench: $(SETUP)
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --minutes $(or $(MINUTES),9)
 
-.PHONY: demo test test-latest fuzz faults lint xray bench gpu
+.PHONY: demo test test-latest fuzz faults lint xray triton-matrix bench gpu

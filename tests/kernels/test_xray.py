@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minibert_kernels import _triton, roofline, sass, xray
+from minibert_kernels import _triton, matrix, roofline, sass, xray
 
 pytestmark = pytest.mark.skipif(not _triton.AVAILABLE, reason="needs triton")
 KERNELS = Path(xray.__file__).parents[1]
@@ -386,3 +386,28 @@ def test_tables_have_a_line_a_row_and_a_column_an_architecture():
         "| `attention` | fwd, d=64 | `_fwd_kernel` | 81 / 0 / 512 / 25% / 8 HMMA | 121 / 0 / 512 / 25% / 8 HMMA |",
         "| `attention` | bwd, d=64 | `_bwd_kernel` | 81 / 0 / 512 / 25% / 8 HMMA | 121 / 0 / 512 / 25% / 8 HMMA |",
     ]
+
+
+def test_the_matrix_counts_what_breaks_a_limit_by_version_and_architecture():
+    fault = "attention fwd d=64 sm_90"
+    faults = [f"{fault} does not compile: CompilationError: x", f"{fault} spills 8 bytes (limit: spilled_bytes of 0)"]
+    found = {"versions": {"triton": "3.6.0"}, "kernels": {"80": 7, "90": 6}, "faults": faults}
+    assert [line.split() for line in matrix.lines("3.6.0", found)] == [
+        ["3.6.0", "sm_80", "7", "0", "0", "0", "0"], ["3.6.0", "sm_90", "6", "1", "1", "0", "0"]
+    ]  # fmt: skip
+
+
+def test_the_matrix_compiles_with_the_triton_of_a_folder_and_refuses_another(tmp_path):
+    import triton
+
+    place = tmp_path / "tritons" / triton.__version__
+    place.mkdir(parents=True)
+    (place / "triton").symlink_to(Path(triton.__file__).parent)
+    options = ("--tritons", "tritons", "--arch", "90", "--only", "pack fwd 768", "--processes", "1")
+    done = python("-m", "minibert_kernels.matrix", *options, "--versions", triton.__version__, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split() == [triton.__version__, "sm_90", "1", "0", "0", "0", "0"]
+    place.rename(place.with_name("3.5.0"))
+    done = python("-m", "minibert_kernels.matrix", *options, "--versions", "3.5.0", tmp_path=tmp_path)
+    assert done.returncode == 1
+    assert f"Triton 3.5.0 was asked for, and {triton.__version__} was imported" in done.stderr
