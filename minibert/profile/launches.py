@@ -1,5 +1,6 @@
 """Which kernels a step launches, as which variants, found out without a GPU."""
 
+import random
 import warnings
 from contextlib import contextmanager
 
@@ -62,3 +63,30 @@ def _no_products():
         yield
     finally:
         library._destroy()
+
+
+def variants_of_batches(mode: str, batches: int, *, capability: int = 90, seed: int = 0) -> Launches:
+    """The launches of steps of one small model on batches of random sizes: up to 4,096 tokens in sequences of up to 33
+    to 512.
+
+    A kernel that Triton specialises on a size has many variants here, and in a run each is compiled when it first
+    occurs, for seconds.
+
+    Args:
+        mode: "train" or "infer".
+    """
+    draw, objective = random.Random(seed), OBJECTIVES[mode]
+    config = BertConfig.preset(
+        "bert-base", num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256, vocab_size=500
+    )
+    model = MODELS[objective](config)
+    steps = []
+    for _ in range(batches):
+        length = draw.randint(33, 512)
+        sizes = {"batch_size": draw.randint(1, 4096 // length), "length": length, "fill": draw.uniform(0.3, 1)}
+        batch = synthetic_batch(config, objective, labels=mode == "train", seed=draw.randrange(1 << 30), **sizes)
+        steps.append(Step(model, batch, mode=mode, dtype="bfloat16"))
+    with recorded(capability, GPU[capability]) as found, _no_products():
+        for step in steps:
+            step()
+    return found

@@ -70,6 +70,19 @@ print(json.dumps({"kernels": sorted(found.by_kernel()), "names": names, "rows": 
     assert found["rows"] and all(", launched" in plan for plan in found["rows"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "most"), [("train", 8), ("infer", 3)])
+def test_two_hundred_random_batches_compile_few_variants_of_a_kernel(mode, most, tmp_path):
+    code = f"""
+import json
+from minibert.profile.launches import variants_of_batches
+found = variants_of_batches({mode!r}, 200)
+print(json.dumps({{kernel: len(variants) for kernel, variants in found.by_kernel().items()}}))
+"""
+    found = printed(code, tmp_path)
+    assert max(found.values()) <= most, found
+
+
 def test_the_interpreter_is_refused(tmp_path):
     code = """
 from minibert_kernels.launches import recorded
