@@ -21,20 +21,43 @@ APPROXIMATE = {"none": "erf", "tanh": "tanh"}
 
 
 @triton.jit
+def _sigmoid(z):
+    """σ(z) and 1 - σ(z), neither by cancellation."""
+    # the bound keeps e · s finite
+    e = tl.exp2(tl.minimum(-1.4426950408889634 * z, 126.0))
+    s = tl.rsqrt(1.0 + e)
+    s *= s  # exp2 and rsqrt are one instruction each; exp and a division are five and eight
+    return s, e * s
+
+
+@triton.jit
 def _act_and_slope(z, ACT: tl.constexpr):
     """act(z) and its derivative, for ACT "erf", "tanh" or "silu"; z in float32."""
     if ACT == "erf":
-        share = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
-        slope = share + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    elif ACT == "tanh":
+        # With a = |z|, Φ(-a) = exp(-a²/2) · P(t), t = 1 / (1 + 0.4 a): no branch, and no cancellation where z is
+        # negative. P minimises, over 0 <= a <= 14, the larger of the absolute error times max(a, 1) and a thousandth of
+        # the relative one, which is 4.3e-8 (iteratively reweighted least squares in float64). In float32 z · Φ(z) is
+        # right to 2.4e-7 where |z| < 8, the slope to 2.3e-7, and the negative tail to 5e-5 of itself.
+        a = tl.abs(z)
+        s = tl.rsqrt(0.4 * a + 1.0)
+        t = s * s
+        p = 0.0570869165 * t - 0.258550915
+        p = p * t + 0.348256844
+        p = p * t + 0.00338377991
+        p = p * t + 0.19485805
+        p = p * t + 0.154699444
+        p = p * t + 0.000265884371
+        gauss = tl.exp2(-0.7213475204444817 * (z * z))
+        beyond = gauss * p  # Φ(-a)
+        share = tl.where(z < 0.0, beyond, 1.0 - beyond)
+        return tl.maximum(z, 0.0) - a * beyond, share + z * (gauss * 0.3989422804014327)
+    if ACT == "tanh":
         square = z * z
-        u2 = 1.5957691216057308 * z * (1.0 + 0.044715 * square)
-        share = tl.sigmoid(u2)
-        # 1 - share cancels where z³ is large
-        slope = share + share * tl.sigmoid(-u2) * z * 1.5957691216057308 * (1.0 + 0.134145 * square)
+        share, rest = _sigmoid(z * (1.5957691216057308 + 0.07135481627260025 * square))
+        slope = share + share * rest * z * (1.5957691216057308 + 0.21406444881780076 * square)
     else:
-        share = tl.sigmoid(z)
-        slope = share + z * share * tl.sigmoid(-z)
+        share, rest = _sigmoid(z)
+        slope = share + z * share * rest
     return z * share, slope
 
 

@@ -103,6 +103,29 @@ def test_extreme_inputs_come_out_as_in_torch(approximate, dtype, device):
     assert not ours["out"][~known].isfinite().any()
 
 
+def exact_gelu(z):
+    """Erf gelu and its slope in float64, without cancellation where z is negative."""
+    z = z.double()
+    share, density = torch.erfc(-z * 0.5**0.5) / 2, torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
+    return z * share, share + z * density
+
+
+def test_erf_gelu_and_its_slope_are_right_to_four_parts_in_ten_million(device):
+    x = torch.cat([torch.linspace(-8, 8, 100_001), torch.logspace(-9, 0, 5_000), -torch.logspace(-9, 0, 5_000)])
+    x = x.view(-1, 111).to(device)
+    ours = values_and_gradients(lambda x: bias_gelu(x, None, backend="triton"), {"x": x}, [torch.ones_like(x)])
+    for name, exact in zip(("out", "dx"), exact_gelu(x), strict=True):
+        assert (ours[name] - exact).abs().max() <= 4e-7, name
+
+
+def test_the_negative_tail_of_erf_gelu_does_not_cancel(device):
+    x = torch.linspace(-12.5, -1, 4_096, device=device)[None]
+    ours = values_and_gradients(lambda x: bias_gelu(x, None, backend="triton"), {"x": x}, [torch.ones_like(x)])
+    out, slope = exact_gelu(x)
+    assert ((ours["out"] - out) / out).abs().max() <= 1e-4
+    assert ((ours["dx"] - slope) / slope).abs().max() <= 1e-4
+
+
 def test_the_bias_gradient_adds_up_over_more_rows_than_a_program_has(device):
     rows = 700
     x, bias = torch.zeros(rows, 16, device=device), torch.zeros(16, device=device)
