@@ -51,3 +51,15 @@ def quick_interpreter():
         options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
         patch.setattr(interpreter.interpreter_builder, "options", options)
         yield
+
+
+@pytest.fixture(autouse=True)
+def interpreted_bfloat16(request):
+    """The interpreter takes bfloat16, as `instruments` emulates it, but where a test asks what users are told."""
+    if not dispatch.interpreting() or request.path.name == "test_dispatch.py":
+        yield
+        return
+    from instruments import bfloat16
+
+    with bfloat16():
+        yield

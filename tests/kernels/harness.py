@@ -10,7 +10,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 SEED = 0x1234_5678_9ABC
 MORE = 16  # times the draws, where the first few do not fit the tolerance
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ("contiguous", "wide rows", "misaligned", "transposed", "every second column", "one row expanded")
 
 
@@ -120,5 +120,6 @@ def repeat_with(case, device):
     try:
         yield
     except BaseException as error:
-        error.add_note(f"repeat with: {case!r}.run({device!r})")
+        emulated = device == "cpu" and "bfloat16" in repr(case)
+        error.add_note(f"repeat with: {case!r}.run({device!r}){' inside instruments.bfloat16()' * emulated}")
         raise

@@ -50,7 +50,7 @@ def test_programs_that_share_what_one_writes_race():
 
 @triton.jit
 def _count_kernel(out_ptr, n, BLOCK: tl.constexpr):
-    for at in range(tl.program_id(0), n, 2):
+    for at in tl.range(tl.program_id(0), n, 2):
         tl.store(out_ptr + at, at)
 
 
