@@ -23,6 +23,16 @@ def weights(tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def poisoned():
+    """New memory is full of NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

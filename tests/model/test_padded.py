@@ -9,7 +9,7 @@ from small import LENGTHS, build, gradients, packed, padded, refused
 from torch import nn
 
 from minibert.batch import IGNORE, Shape, pack
-from minibert.model import MODELS, BertForMaskedLM, BertForSequenceClassification, BertModel
+from minibert.model import MODELS, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 from minibert.model import graphs as graphs_module
 from minibert.model.graphs import GraphPool, Graphs, StaticInputs, key_of
 
@@ -212,3 +212,23 @@ def test_a_replayed_pass_gives_what_the_model_gives_on_a_gpu(kind):
     assert pool.graphs.count == 2
     pool.prepare([pack([[5, 6, 7]] * 3)])
     assert pool.graphs.count == 3
+
+
+@pytest.mark.parametrize("longest", [16, 131])
+def test_kernels_keep_what_nobody_wrote_behind_the_last_sequence_out_of_every_gradient(longest, poisoned):
+    lengths, found = (7, longest - 2, 1), []
+    batch = packed(padded(lengths))
+    rows, labels, pairs = (torch.tensor(each) for each in ([2, 9], [4, 7], [0, 1, 1]))
+    batch = dataclasses.replace(batch, mlm_rows=rows, mlm_labels=labels, nsp_labels=pairs)
+    shape = Shape(num_tokens=batch.num_tokens + 3, num_sequences=5, max_seqlen=longest, mlm_rows=4)
+    model = build(
+        BertForPreTraining, train=True, backend="triton", num_hidden_layers=1, max_position_embeddings=longest
+    )
+    for given in (batch, batch.padded(shape)):
+        model.zero_grad()
+        loss = model(given, seed=5).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(*(loss for loss, _ in found), rtol=1e-6, atol=1e-7)
+    for name in found[0][1]:
+        torch.testing.assert_close(*(each[name] for _, each in found), rtol=1e-4, atol=1e-5, msg=name)
