@@ -75,7 +75,10 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
     real = "bert-base --dtype bfloat16 --lengths half full " + SQUAD
     model = ["--backend", "triton", "--model", *(toy if dry else real).split()]
     kernels = ["--backend", "triton", "--dtype", *("float32 --tiny --rounds 2" if dry else "bfloat16").split()]
-    few = ["--only", "^minibert$|^transformers sdpa$" if dry else "^minibert(, padded call)?$|sdpa(, masked rows)?$"]
+    few = [
+        "--only",
+        "^minibert$|^transformers sdpa$" if dry else "^minibert(, padded call|, graphs)?$|sdpa(, masked rows)?$",
+    ]
     eager = ["--only", "^((?!compiled|overhead|flex).)*$"]  # what compiles comes last
     compiled = ["--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead|flex"]
     steps = [] if dry else ["--step-tokens", "16384"]

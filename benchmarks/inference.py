@@ -32,6 +32,7 @@ PROVIDERS: dict[str, Callable[[Place], Encoder]] = {
     "transformers sdpa, compiled": partial(peers.transformers, dynamic=True),
 }
 CUDA_PROVIDERS = {
+    "minibert, graphs": peers.minibert_graphs,
     "minibert, compiled": partial(peers.minibert, dynamic=True),
     "minibert, reduce-overhead": partial(peers.minibert, mode="reduce-overhead", dynamic=False),
     "transformers sdpa, reduce-overhead": partial(peers.transformers, mode="reduce-overhead", dynamic=False),

@@ -23,6 +23,7 @@ from minibert.batch import IGNORE, Batch, pack
 from minibert.config import BertConfig
 from minibert.hub import BIAS, DECODER_BIAS, hf_names
 from minibert.model import Output
+from minibert.model.graphs import GraphPool
 
 from .gate import Refused
 
@@ -92,6 +93,18 @@ def minibert(place: Place, **compiled: Any) -> Encoder:
     return Encoder(
         lambda ids, types=None: pack(ids, types).to(place.device), run, lambda output, batch: output.last_hidden_state
     )
+
+
+def minibert_graphs(place: Place) -> Encoder:
+    """Batches of any size from CUDA graphs, with padding, the copy to the GPU and that of the output."""
+    pool = GraphPool(minibert_model(place), max_tokens=1 << 20)
+
+    def prepare(ids, types=None):
+        batch = pack(ids, types)
+        pool.prepare([batch])
+        return batch
+
+    return Encoder(prepare, pool, lambda output, batch: output.last_hidden_state)
 
 
 def minibert_padded(place: Place) -> Encoder:

@@ -5,6 +5,7 @@ compares loss and gradients without dropout, also on a timed batch; what is time
 that it acts, and that every parameter has a gradient.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,10 @@ from minibert import BertForPreTraining
 from minibert.batch import Batch, pack
 from minibert.config import BertConfig
 from minibert.hub import load_config
-from minibert.train.optim import adamw
+from minibert.model.graphs import LAUNCHED
+from minibert.train import TrainConfig
+from minibert.train.graph import GraphedStep
+from minibert.train.optim import adamw, cut_by_depth
 
 from . import lengths, peers
 from .gate import Once, Refused, grouped, judge
@@ -43,7 +47,9 @@ PROVIDERS: dict[str, Callable[..., Trainee]] = {
     "transformers sdpa, masked rows, compiled": partial(_theirs, masked_rows=True, dynamic=True),
 }
 _graphs = {"mode": "reduce-overhead", "dynamic": False}
+GRAPHS = "minibert, graphs"
 CUDA_PROVIDERS = {
+    GRAPHS: peers.minibert_trainee,  # see `graphed_steps`
     "minibert, compiled": partial(peers.minibert_trainee, dynamic=True),
     "transformers sdpa, reduce-overhead": partial(_theirs, **_graphs),
     "transformers sdpa, masked rows, reduce-overhead": partial(_theirs, masked_rows=True, **_graphs),
@@ -201,6 +207,30 @@ def steps(trainee: Trainee, place: Place, batches, wrap: Callable = lambda modul
     return run
 
 
+def graphed_steps(trainee: Trainee, place: Place, batches):
+    """`steps` from CUDA graphs, as `--cuda-graph` has them: with padding, the copy to the GPU and the gradient's norm.
+
+    Raises:
+        Refused: a replay differs from what was captured.
+    """
+    optimizer, share = adamw(trainee.model, lr=1e-5), {"mlm_loss": 1.0, "nsp_loss": 1.0}
+    cut_by_depth(trainee.model, optimizer, layer_decay=1.0, unfreeze=0.0)
+    config = TrainConfig(steps=1, clip=None, dtype=str(place.dtype).removeprefix("torch."), device=place.device)
+    step, numbers = GraphedStep(trainee.model, optimizer, config, {}), itertools.count()
+    step.begin(batches[0], share)
+    for batch in batches:
+        launched, *_, replayed = (step.gradients(0, [batch], [share]) for _ in range(LAUNCHED + 1))
+        if not torch.allclose(launched, replayed, rtol=1e-3):
+            raise Refused(f"{GRAPHS}: norm and losses {replayed.tolist()}, as launched {launched.tolist()}")
+
+    def run():
+        for batch in batches:
+            step.gradients(next(numbers), [batch], [share])
+            step.update(1e-5)
+
+    return run
+
+
 def warm(config: BertConfig, sizes: np.ndarray, dtype: torch.dtype, device: str) -> None:
     """minibert's calls of a step and of inference on sequences of these lengths, for their compilations."""
     batch = random_batch(sizes, config.vocab_size).to(device)
@@ -226,7 +256,7 @@ def build(name: str, make: Callable[..., Trainee], place: Place, reference: Refe
     exact = once((name, place, batches[0].lengths), lambda: check(name, make, place, reference, batches[0]))
     trainee = with_dropout(make, place)
     check_dropout(name, trainee, place, batches[0], exact)
-    return steps(trainee, place, batches)
+    return (graphed_steps if name == GRAPHS else steps)(trainee, place, batches)
 
 
 def batches_of(name: str, config: BertConfig, longest: int, batch_size: int, num_batches: int) -> list[Batch]:

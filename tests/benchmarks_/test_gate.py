@@ -15,6 +15,7 @@ from minibert import BertForPreTraining
 from minibert.config import BertConfig
 
 CONFIG = BertConfig.preset("bert-tiny", vocab_size=200, max_position_embeddings=64)
+ENCODERS = inference.PROVIDERS | {"minibert, graphs": inference.CUDA_PROVIDERS["minibert, graphs"]}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def broken(place, fault) -> peers.Encoder:
     return encoder
 
 
-@pytest.mark.parametrize("make", inference.PROVIDERS.values(), ids=inference.PROVIDERS)
+@pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
 def test_what_computes_bert_is_timed(make, place, reference):
     if isinstance(make, partial) and "dynamic" in make.keywords:
         pytest.skip("compiling takes a minute")
@@ -153,8 +154,9 @@ def test_training_is_judged_by_loss_and_gradients(dtype, place):
     place = replace(place, dtype=dtype)
     reference = training.Reference(place)
     batches = [training.random_batch(np.array([5, 9, 7]), CONFIG.vocab_size)]
-    for name in ("minibert", "transformers sdpa", "transformers sdpa, masked rows"):
-        training.build(name, training.PROVIDERS[name], place, reference, batches, Once())()
+    providers = training.PROVIDERS | training.CUDA_PROVIDERS
+    for name in ("minibert", "minibert, graphs", "transformers sdpa", "transformers sdpa, masked rows"):
+        training.build(name, providers[name], place, reference, batches, Once())()
 
     def wrong_gradient(place, dropout):
         trainee = peers.minibert_trainee(place, dropout)
