@@ -49,7 +49,10 @@ class GraphedStep:
 
     def begin(self, batch: Batch, share: dict[str, float]) -> None:
         """Give memory to the gradients that there are; a batch of the first step shows which."""
-        slot = self._load(0, batch, share)
+        try:
+            slot = self._load(0, batch, share)
+        except ValueError as error:
+            raise ValueError(f"cuda_graph=True: {error}") from None
         with autocast(self.config, self.device):
             means = self.losses(slot.inputs.batch, slot.inputs.beside["seeds"], slot.names)
         found = torch.autograd.grad(sum(means.values()), self.parameters, allow_unused=True)

@@ -118,6 +118,10 @@ CASES = {
     ),
     "continuing without causal attention": ("generate --model {checkpoint} the", "is not causal: pretrain it with"),
     "no steps": ("pretrain --out {out} --steps 0 --data {dir}/corpus.txt", "steps=0 is not a positive whole number"),
+    "graphs without a GPU": (
+        PRETRAIN + "--data {dir}/corpus.txt --device cpu --cuda-graph",
+        "cuda_graph=True needs a GPU, not device='cpu': use cuda_graph=False",
+    ),
     "unknown flag": ("pretrain --out {out} --data {dir}/corpus.txt --stepz 3", "did you mean 'steps'?"),
     "value of another type": ("pretrain --out {out} --data {dir}/corpus.txt --steps many", "steps"),
     "required flag left out": ("pretrain --out {out}", "data"),

@@ -201,7 +201,7 @@ def test_on_a_gpu_work_is_launched_watched_captured_and_then_replayed(monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
-def test_a_replayed_pass_gives_what_the_model_gives_on_a_gpu(kind):
+def test_a_captured_pass_gives_what_the_model_gives(kind):
     model = build(kind).cuda()
     pool = GraphPool(model)
     for number in range(6):

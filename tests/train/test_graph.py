@@ -325,12 +325,16 @@ def test_what_cannot_be_captured_is_refused_before_a_step(tmp_path):
         optimizer = OPTIMIZERS["adamw"](model, 1e-3)
         line = refused(lambda model=model, optimizer=optimizer: GraphedStep(model, optimizer, make_config(), {}))
         assert line.startswith(f"{name} cannot be captured as a CUDA graph")
+    made = trainer(tmp_path, "classification", graphed=True)
+    batch = dataclasses.replace(Stream().make(range(5)), labels=torch.zeros(5))
+    line = refused(lambda: made.work.begin(batch, {"loss": 1.0}))
+    assert line.startswith("cuda_graph=True: labels are torch.float32 [5]: only classes")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", CAPTURABLE)
-def test_replayed_steps_learn_what_launched_ones_do_on_a_gpu(tmp_path, optimizer, dtype):
+def test_captured_steps_learn_what_launched_ones_do(tmp_path, optimizer, dtype):
     options = {"device": "cuda", "optimizer": optimizer, "dtype": dtype, "steps": 24, "save_every": 24}
     losses = {}
     for graphed in (False, True):
