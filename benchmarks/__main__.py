@@ -11,6 +11,7 @@ docs/benchmarks.md says how each number is made, and what it does not say.
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -27,7 +28,21 @@ from minibert.files import write_atomically
 from minibert_kernels.dispatch import BACKENDS
 from minibert_kernels.xray import load_rows
 
-from . import cases, data, finetuning, gpu, inference, kernels, lengths, measure, peers, report, scaling, training
+from . import (
+    cases,
+    data,
+    finetuning,
+    gpu,
+    inference,
+    kernels,
+    lengths,
+    measure,
+    peers,
+    report,
+    scaling,
+    shared_work,
+    training,
+)
 
 MODEL_SUITES = {"infer": (inference, BertModel), "train": (training, BertForPreTraining)}
 SUITES = ("kernels", *MODEL_SUITES, "data", "scaling", "all")
@@ -127,30 +142,37 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def read_one(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        fail(f"{path}: {' '.join(str(error).split())}")
+    if not isinstance(record, dict) or not {"rows", "machine", "peaks"} <= set(record):
+        fail(f"{path}: expected a record of benchmarks, with machine, peaks and rows")
+    for number, row in enumerate(record["rows"], 1):
+        if not isinstance(row, dict) or not {"suite", "case", "provider"} <= set(row) or not {
+            "seconds", "refused"} & set(row):  # fmt: skip
+            fail(f"{path}: row {number} has no suite, case and provider, or neither seconds nor refused")
+    return record
+
+
 def read(paths) -> dict:
     """Records as one: the machine of the first, the rows of all."""
-    records = []
-    for path in paths:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            fail(f"{path}: {' '.join(str(error).split())}")
-        if not isinstance(record, dict) or not {"rows", "machine", "peaks"} <= set(record):
-            fail(f"{path}: expected a record of benchmarks, with machine, peaks and rows")
-        for number, row in enumerate(record["rows"], 1):
-            if not isinstance(row, dict) or not {"suite", "case", "provider"} <= set(row) or not {
-                "seconds", "refused"} & set(row):  # fmt: skip
-                fail(f"{path}: row {number} has no suite, case and provider, or neither seconds nor refused")
-        records.append(record)
     try:
-        return report.merge(records)
+        return report.merge([read_one(path) for path in paths])
     except ValueError as error:
         fail(str(error))
+
+
+def place_of(row: dict) -> tuple:
+    """What rows of one case share."""
+    return tuple(row.get(name) for name in ("suite", "case", "dtype", "threads", "direction", "axis", "value"))
 
 
 def run(args) -> dict:
     """Measure, writing the record after every case."""
     options = {name: value for name, value in vars(args).items() if name not in ("out", "compare")}
+    options = json.loads(json.dumps(options))  # as they are read back
     record = {"machine": measure.machine(), "options": options, "peaks": {}, "rows": []}
     folder = args.out or Path(__file__).parent / "results"
     try:
@@ -159,9 +181,14 @@ def run(args) -> dict:
         fail(f"--out {folder}: {error.strerror}")
     name = f"{measure.place_and_date(record['machine'])}-{args.verb}" + "-quick" * args.quick
     name = free_name(folder, name, options)
+    if "STAGE_SECONDS" in os.environ and (folder / f"{name}.json").exists():  # a stage of `gpu` that goes on
+        record = read_one(folder / f"{name}.json")
+    done = {place_of(row) for row in record["rows"]}
     torch.backends.cuda.matmul.allow_tf32 = False
     rounds = args.rounds or (5 if args.quick else 9)
     for case in suite_cases(args):
+        if place_of({"suite": case.suite, "case": case.name, **case.labels}) in done:
+            continue
         dtype = case.labels.get("dtype", "float32")
         label = f"{dtype}, {torch.get_num_threads()} threads"
         if label not in record["peaks"]:
@@ -172,6 +199,9 @@ def run(args) -> dict:
         record["rows"] += [row | {"work": work} | {key: options[key] for key in TOLD[case.suite]} for row in rows]
         record["machine"]["afterwards"] = measure.condition()
         write_atomically(folder / f"{name}.json", json.dumps(record, indent=1) + "\n")
+        if shared_work.context_is_lost():
+            print(f"{case.name}: the CUDA context is lost", file=sys.stderr)
+            os._exit(shared_work.LOST)
     if not record["rows"]:
         fail("nothing was measured: no provider or line matches --only and --op")
     report.show(record)

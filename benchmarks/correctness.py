@@ -96,8 +96,8 @@ class Worker:
         if self.compiling:  # outputs are memory that nobody wrote: only what does not compile counts
             outcome, why = ("failed", "; ".join(failed)) if failed else ("passed", "")
         shared_work.add(self.folder, row | {"outcome": outcome, "why": why[:1000]})
-        if context_is_lost():
-            os._exit(3)
+        if shared_work.context_is_lost():
+            os._exit(shared_work.LOST)
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # for the other processes
 
@@ -122,18 +122,9 @@ def verdict(reports: Sequence[pytest.TestReport]) -> tuple[str, str]:
     return "passed", ""
 
 
-def context_is_lost() -> bool:
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-        return False
-    except RuntimeError:
-        return True
-
-
 def work(folder: Path, dry: bool, compiling: bool, between: Callable[[str], None] = lambda part: None) -> None:
     """Run tests until none is left."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other packages' plugins take seconds to import
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--fuzz", str(SEEDS)]
     pytest.main([*options, *(DRY_PATHS if dry else PATHS)], plugins=[Worker(folder, dry, compiling, between)])
 

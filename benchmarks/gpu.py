@@ -11,6 +11,7 @@ This file imports the standard library alone: what is missing is said in the fir
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ STAGES = {
 }
 CORRECTNESS = "correctness"
 VITAL = "environment"  # where it fails there is no GPU to go on with; it may take PATIENCE times its share
+AGAIN = 15  # seconds without which a stage that lost its CUDA context is not started again
 PATIENCE = 3  # the first to import torch from a cold disk
 
 
@@ -115,8 +117,7 @@ def shares(plan: list[Stage], minutes: float) -> str:
 
 def run(stage: Stage, limit: float, folder: Path, environment: dict) -> str:
     """Run a stage for at most `limit` seconds, and say what became of it."""
-    (folder / stage.name).mkdir(parents=True, exist_ok=True)
-    with (folder / stage.name / "log.txt").open("wb") as file:
+    with (folder / stage.name / "log.txt").open("ab") as file:
         process = subprocess.Popen(
             [sys.executable, *stage.command], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -177,8 +178,15 @@ def run_stages(plan: list[Stage], results: list[dict], folder: Path, end: float,
         start, cached, outcome = time.perf_counter(), kernels_in(environment), "interrupted"
         limit = max(end - start, 0) * share * (PATIENCE if stage.name == VITAL else 1)
         own = {"STAGE_SECONDS": str(round(limit))} | ({"TRITON_INTERPRET": "0"} if stage.name == "compile" else {})
+        shutil.rmtree(folder / stage.name, ignore_errors=True)  # of an earlier run
+        (folder / stage.name).mkdir()
         try:
             outcome = run(stage, limit, folder, environment | own)
+            while outcome == f"failed with exit code {shared_work.LOST}":  # a suite goes on behind the case that did it
+                left = limit - (time.perf_counter() - start)
+                outcome = (
+                    run(stage, left, folder, environment | own) if left > AGAIN else f"cut off after {limit:.0f} s"
+                )
         finally:  # also of a stage that ends with all
             spent = {"seconds": round(time.perf_counter() - start, 1), "compiled": kernels_in(environment) - cached}
             results.append(result_of(stage, outcome, folder) | spent)
@@ -259,7 +267,9 @@ def _lines(record) -> list[str]:
         else:
             text = _duration(row["seconds"]) + (f" {max(shares):.0%}" if shares else "")
         cases.setdefault(where, []).append(f"{row['provider']} {text}")
-    return record.get("lines") or [f"{where}: {'; '.join(texts)}" for where, texts in cases.items()]
+    loads = [row["load"] for row in record.get("rows", ()) if row.get("load") is not None]
+    end = [f"load of the machine: {min(loads):.1f} to {max(loads):.1f}"] if loads else []
+    return record.get("lines") or [f"{where}: {'; '.join(texts)}" for where, texts in cases.items()] + end
 
 
 def _duration(seconds: float) -> str:
@@ -323,8 +333,8 @@ def compile_worker(folder: Path, dry: bool) -> None:
                             failed.append(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 outcome = {"outcome": "failed", "why": "; ".join(failed)} if failed else {"outcome": "passed"}
                 shared_work.add(folder, {"item": name} | outcome)
-                if correctness.context_is_lost():
-                    os._exit(3)
+                if shared_work.context_is_lost():
+                    os._exit(shared_work.LOST)
 
     correctness.work(folder, dry, compiling=True, between=units)
 

@@ -30,6 +30,7 @@ from minibert.profile.measure import allocations_of
 from minibert_kernels._triton import compiler_versions
 
 from .gate import Refused
+from .shared_work import context_is_lost
 
 TOLERANCE = 1.05  # a probe is not the very best the machine can do: what is above it by more is refused
 FLUSH = 256 << 20  # bytes that are read between two calls: more than any L2
@@ -251,8 +252,12 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 def measure(case: Case, *, rounds: int, peaks: Peaks, say: Callable[[str], None] = lambda line: None) -> list[dict]:
     """A row for each provider of a case; one that was refused or is missing has `refused` and no figures."""
     calls, timers, memory, rows = {}, {}, {}, {}
+    lost = None
     for name, build in case.providers.items():
         rows[name] = {"suite": case.suite, "case": case.name, **case.labels, "provider": name}
+        if lost:
+            rows[name]["refused"] = f"not reached: {lost} lost the CUDA context"
+            continue
         say(f"{case.name}: {name}")
         try:
             call = build()
@@ -262,6 +267,11 @@ def measure(case: Case, *, rounds: int, peaks: Peaks, say: Callable[[str], None]
             calls[name] = call
         except Exception as error:  # one provider that breaks must not cost the others their figures
             rows[name]["refused"] = reason(error)
+            lost = name if context_is_lost() else None
+    if lost:  # nobody can be timed any more
+        return [
+            row | {"refused": row.get("refused", f"not timed: {lost} lost the CUDA context")} for row in rows.values()
+        ]
     times, order, shuffle = {name: [] for name in timers}, list(timers), random.Random(0)
     load = os.getloadavg()[0]
     for _ in range(rounds):

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STARTED = time.perf_counter()  # this process, nearly
+LOST = 3  # exit code of a process that lost its CUDA context: another one can go on
 POLL = 0.2  # seconds between two looks at the processes
 CLAIMS, ROWS = "claims", "rows.jsonl"
 
@@ -25,6 +26,18 @@ def save(path: Path, record: object) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}")
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def context_is_lost() -> bool:
+    """Whether an error on the GPU has made CUDA useless for the rest of this process."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+        return False
+    except RuntimeError:
+        return True
 
 
 def seconds_left(margin: float) -> float:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from benchmarks import cases, correctness, gpu, plans, shared_work, warm
+from benchmarks import cases, correctness, gpu, measure, plans, shared_work, warm
 from benchmarks.__main__ import main
 from benchmarks.gpu import Stage
 from minibert_kernels import launch
@@ -80,6 +80,37 @@ def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_runs(tmp_path, cap
     assert gpu.exit_code(results) == 1 and gpu.exit_code(results[1:]) == 0
 
 
+def test_a_suite_that_lost_its_cuda_context_goes_on_in_another_process(tmp_path):
+    seen = "import os, pathlib, sys; path = pathlib.Path(sys.argv[1]); path.exists() and sys.exit(0); path.touch(); "
+    plan = [Stage("suite", 1, ["-c", seen + "print('first'); sys.exit(3)", str(tmp_path / "suite" / "seen")])]
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite" / "seen").touch()  # of an earlier run
+    [found] = gpu.run_all(tmp_path, minutes=1, plan=plan)
+    assert found["outcome"] == "ok" and found["log"] == "first\n"
+
+
+def test_who_loses_the_cuda_context_ends_the_process_and_the_next_one_begins_behind_the_case(tmp_path, monkeypatch):
+    command = ["kernels", "--tiny", "--op", "unpack|pack", "--only", "eager", "--dtype", "float32", "--rounds", "1"]
+    command += ["--device", "cpu", "--out", str(tmp_path)]
+    lost = [False, True]
+
+    def exit(code):
+        raise SystemExit(code)
+
+    monkeypatch.setenv("STAGE_SECONDS", "60")
+    monkeypatch.setattr(shared_work, "context_is_lost", lambda: lost.pop(0) if lost else False)
+    monkeypatch.setattr("benchmarks.__main__.os._exit", exit)
+    monkeypatch.setattr(measure, "probe", lambda *_: measure.Peaks(flops=1e18, bytes=1e18))
+    with pytest.raises(SystemExit, match="3"):
+        main(command)
+    [file] = tmp_path.glob("*.json")
+    begun = json.loads(file.read_text())["rows"]
+    assert [row["direction"] for row in begun] == ["fwd", "bwd"]
+    lost = []
+    assert main(command) == 0
+    assert json.loads(file.read_text())["rows"] == begun  # there was no further case
+
+
 def test_without_its_gpu_nothing_else_runs(tmp_path):
     plan = [Stage(gpu.VITAL, 1, ["-c", "raise SystemExit(1)"]), Stage("next", 1, ["-c", "pass"])]
     assert [found["stage"] for found in gpu.run_all(tmp_path, minutes=0.5, plan=plan)] == [gpu.VITAL]
@@ -130,11 +161,13 @@ def test_a_failed_group_is_a_failure_and_so_is_that_no_test_was_reached():
 def test_a_case_is_one_line_of_the_summary_with_all_its_providers():
     rows = [
         {"case": "attention S=128", "direction": "fwd", "dtype": "bfloat16", "provider": "minibert", "seconds": 3e-5,
-         "matrix_share": 0.2, "bandwidth_share": 0.8},
+         "matrix_share": 0.2, "bandwidth_share": 0.8, "load": 1.25},
         {"case": "attention S=128", "direction": "fwd", "dtype": "bfloat16", "provider": "liger",
          "refused": "liger: why"},
     ]  # fmt: skip
-    assert gpu._lines({"rows": rows}) == ["attention S=128, fwd, bfloat16: minibert 30 µs 80%; liger – (why)"]
+    assert gpu._lines({"rows": rows}) == [
+        "attention S=128, fwd, bfloat16: minibert 30 µs 80%; liger – (why)", "load of the machine: 1.2 to 1.2",
+    ]  # fmt: skip
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -195,6 +195,20 @@ def test_one_that_is_refused_missing_or_broken_costs_the_others_nothing():
     assert rows[0]["ratio"] == 1
 
 
+def test_once_the_cuda_context_is_lost_nobody_else_is_blamed(monkeypatch):
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(measure_module, "context_is_lost", lambda: True)
+    providers = {"good": lambda: lambda: None, "bad": lambda: fails, "late": lambda: lambda: None}
+    rows = measure(Case(suite="s", name="c", work=Work(), providers=providers, baseline="good"), rounds=3, peaks=PEAKS)
+    assert [row["refused"] for row in rows] == [
+        "not timed: bad lost the CUDA context",
+        "RuntimeError: CUDA error: an illegal memory access was encountered",
+        "not reached: bad lost the CUDA context",
+    ]
+
+
 @pytest.mark.parametrize("name", lengths.DATASETS)
 def test_drawn_lengths_are_those_of_the_data_set(name):
     drawn = lengths.sample(name, 20_000, longest=10**9)
