@@ -1,12 +1,11 @@
-"""Compile before the clock starts: the calls that later stages make, with every launch replaced by its compilation.
+"""Compile before the clock starts: the calls that later stages make, with every launch recorded and then compiled.
 
 What a launch specialises (alignment, sizes of 1 or divisible by 16, plans) is decided by Triton itself, on the real
 arguments, so Triton's cache (TRITON_CACHE_DIR) then holds what the launch will look for. Without a GPU the same calls
-are made on CPU tensors for the architecture that is asked for, so that a cache made elsewhere, with the same Python and
-Triton, can be carried.
+are made on CPU tensors as for one of CAPABILITY, so that a cache made elsewhere, with the same Python and Triton, can
+be carried.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,87 +14,50 @@ import numpy as np
 import torch
 
 from minibert.config import BertConfig
-from minibert_kernels import dispatch
+from minibert_kernels.launch import capability, multiprocessors
+from minibert_kernels.launches import Variant, recorded
 
 from . import cases, kernels, lengths, plans, training
 
 CAPABILITY, MULTIPROCESSORS = 90, 132  # of the GPU that is not there
+_compiled: set[tuple] = set()
 
 
-class AbsentGPU:
-    """As much of a Triton driver as a compilation asks for."""
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", CAPABILITY, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+def chip() -> tuple[int, int]:
+    """Capability and multiprocessors of the GPU, or of the one that is not there."""
+    if not torch.cuda.is_available():
+        return CAPABILITY, MULTIPROCESSORS
+    device = torch.device("cuda", torch.cuda.current_device())
+    return capability(device), multiprocessors(device)
 
 
 @contextmanager
 def compile_only() -> Iterator[list[str]]:
-    """Launches compile and do not run: outputs hold what the memory held. The list gets what did not compile.
-
-    On a GPU the launcher is built, too, and the kernel loaded: one that does not fit the chip is an error here.
-    """
-    from triton.runtime.jit import JITFunction
-
-    failed, launch, on_gpu = [], JITFunction.run, torch.cuda.is_available()
-
-    def compile_launch(self, *args, grid, warmup, **options):
-        try:
-            kernel = launch(self, *args, grid=grid, warmup=True, **options)
-            if on_gpu:
-                kernel.run  # noqa: B018  (made when it is asked for)
-            return kernel
-        except Exception as error:
-            failed.append(f"{self.__name__}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            raise
-
-    JITFunction.run = compile_launch
+    """Launches compile and do not run: outputs hold what the memory held. The list gets what did not compile."""
+    failed: list[str] = []
     try:
-        with _on_cpu_tensors() if not on_gpu else _as_it_is():
+        with recorded(*chip()) as launches:
             yield failed
     finally:
-        JITFunction.run = launch
+        for variant in launches.variants:
+            try:
+                compile_variant(variant)
+            except Exception as error:
+                failed.append(f"{variant.kernel}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
+def compile_variant(variant: Variant) -> None:
+    """Into Triton's cache; on a GPU with its launcher, and loaded: one that does not fit the chip is an error here."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
 
-
-@contextmanager
-def _on_cpu_tensors() -> Iterator[None]:
-    """The kernels take CPU tensors, with the plans of CAPABILITY."""
-    from triton.runtime.driver import driver
-
-    assert not dispatch.interpreting(), "TRITON_INTERPRET=1 compiles nothing"
-    stand_ins = {
-        "_missing": lambda *_: None, "capability": lambda device: CAPABILITY,
-        "multiprocessors": lambda device: MULTIPROCESSORS,
-    }  # fmt: skip
-    owners = {"_missing": dispatch, "capability": sys.modules["minibert_kernels.launch"]}
-    owners["multiprocessors"] = owners["capability"]
-    ours = [module for name, module in sys.modules.items() if name.startswith("minibert_kernels")]
-    changed = []
-    for name, stand_in in stand_ins.items():
-        true = getattr(owners[name], name)
-        for module in ours:  # those that imported it by name have it, too
-            if getattr(module, name, None) is true:
-                setattr(module, name, stand_in)
-                changed.append((module, name, true))
-    driver.set_active(AbsentGPU())
-    try:
-        yield
-    finally:
-        for module, name, true in changed:
-            setattr(module, name, true)
+    key = variant.source.hash(), str(sorted(variant.options.items()))
+    if key in _compiled:
+        return
+    kernel = compile(variant.source, target=GPUTarget("cuda", chip()[0], 32), options=variant.options)
+    if torch.cuda.is_available():
+        kernel.run  # noqa: B018  (made when it is asked for)
+    _compiled.add(key)
 
 
 def units(dry: bool) -> Iterator[tuple[str, Callable[[], None]]]:

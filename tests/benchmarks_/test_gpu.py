@@ -268,30 +268,46 @@ def test_all_that_later_stages_launch_has_its_turn_in_the_compilation():
 
 
 WARM = """
-import sys, torch
+import torch
 from benchmarks import warm
-import minibert_kernels
-x = torch.zeros({rows}, 64, dtype=torch.bfloat16)
+from minibert_kernels import bias_gelu
+from minibert_kernels.launches import recorded
+x, bias = torch.zeros(32, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
 with warm.compile_only() as failed:
-    minibert_kernels.bias_gelu(x, torch.zeros(64, dtype=torch.bfloat16), backend="triton")
+    out = bias_gelu(x, bias, backend="triton")
 assert not failed, failed
 try:
-    minibert_kernels.bias_gelu(x, torch.zeros(64, dtype=torch.bfloat16), backend="triton")
+    bias_gelu(x, bias, backend="triton")
 except ValueError as error:
     assert "needs CUDA tensors" in str(error)
 else:
-    raise SystemExit("the patch stayed")
+    raise SystemExit("launches are still recorded")
+with warm.compile_only() as failed:
+    bias_gelu(x.float(), bias, backend="triton")
+    raise SystemExit("what was launched before an error is compiled, too")
+"""
+# the same call with Triton's own launch up to the compilation, which looks into the cache
+LAUNCH = """
+import torch, triton
+from triton.runtime.jit import JITFunction
+from minibert_kernels import bias_gelu, launch, launches
+run = JITFunction.run
+JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
+triton.runtime.driver.set_active(launches._Driver(90))
+launch.pose(launch.Pose(90, 132))
+bias_gelu(torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16), backend="triton")
 """
 
 
-def test_what_a_launch_specialises_is_compiled_once_into_the_cache_and_nothing_is_launched(tmp_path):
+def test_what_is_launched_is_compiled_into_the_cache_once(tmp_path):
     environment = ENVIRONMENT | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    counts = []
-    for rows in (32, 32):
-        code = WARM.format(rows=rows)
-        subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, env=environment, check=True)
-        counts.append(gpu.kernels_in(environment))
-    assert counts == [1, 1]
+    command, seen = [sys.executable, "-c", WARM], []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
+        assert "what was launched before" in done.stderr
+        seen.append({path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.cubin")})
+    subprocess.run([sys.executable, "-c", LAUNCH], cwd=gpu.ROOT, env=environment, check=True)
+    assert len(seen[0]) == gpu.kernels_in(environment) == 2 and seen[1] == seen[0]
 
 
 def test_a_plan_that_is_taken_is_what_the_next_launch_asks_for():
