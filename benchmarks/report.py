@@ -34,7 +34,11 @@ COLUMNS = {  # a column's title and how a row fills it; columns that no row fill
     "tokens a step": lambda r: r.get("step_tokens") and f"{r['step_tokens']:,}",
     "time": lambda r: duration(r["seconds"]),
     "20 to 80 %": lambda r: f"{duration(r['seconds_low'])} to {duration(r['seconds_high'])}",
-    "× baseline": lambda r: r.get("ratio") and f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})",
+    "× x + r": lambda r: _host(r) and r.get("ratio") and f"{1 / r['ratio']:.1f}",
+    "load": lambda r: _host(r) and r["load"],
+    "× baseline": lambda r: (
+        None if _host(r) else r.get("ratio") and f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+    ),
     "tokens/s": lambda r: r.get("tokens_per_second") and f"{r['tokens_per_second']:,.0f}",
     "of matrix peak": lambda r: r.get("matrix_share") and f"{r['matrix_share']:.1%}",
     "of copy peak": lambda r: r.get("bandwidth_share") and f"{r['bandwidth_share']:.1%}",
@@ -48,8 +52,13 @@ COLUMNS = {  # a column's title and how a row fills it; columns that no row fill
 }
 SUITES = {
     "kernels": "Kernels", "infer": "Encoder inference", "embed": "Texts to embeddings", "train": "Pretraining step",
-    "data": "Data", "scaling": "Scaling of a pretraining step",
+    "data": "Data", "host": "Host time of a call", "scaling": "Scaling of a pretraining step",
 }  # fmt: skip
+
+
+def _host(row):
+    """Whether its baseline is the barest call there is: how many times that it takes is what matters; None for no."""
+    return row["suite"] == "host" or None
 
 
 def duration(seconds: float) -> str:
@@ -246,7 +255,7 @@ def write_html(record: dict, path: Path, xray: Sequence[dict] = ()) -> None:
         parts.append(_html_table(*cells(timed)))
         parts += [f"<p class=refused>not timed: {html.escape(line)}</p>" for line in refusals(rows)]
     if xray:
-        titles = [name for name in xray[0] if not isinstance(xray[0][name], dict)] + ["mma"]
+        titles = [name for name in xray[0] if not isinstance(xray[0][name], dict | list)] + ["mma"]
         texts = [[_plain(row.get(name)) for name in titles] for row in xray]
         parts += ["<h2>What the compiler made of each kernel</h2>", _html_table(titles, texts)]
     facts = json.dumps({name: value for name, value in record.items() if name != "rows"}, indent=1)

@@ -135,7 +135,9 @@ def keep_tile(dropout, seq, head, row, col, ROWS: tl.constexpr, COLS: tl.constex
     low, high = (seq_id & 0xFFFFFFFF).to(tl.uint32), ((seq_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = philox_tile(tl.load(dropout.seed_ptr), group.to(tl.uint32)[None, :], rows, low, high)
     # 8 bits in one word, which changes threads; byte b of word w ends as bit 8 b + 7 - w % 2
-    even = bytes_at_least(w0, dropout.threshold) & 0x80808080 | (bytes_at_least(w2, dropout.threshold) & 0x80808080) >> 1
+    even = (
+        bytes_at_least(w0, dropout.threshold) & 0x80808080 | (bytes_at_least(w2, dropout.threshold) & 0x80808080) >> 1
+    )
     odd = bytes_at_least(w1, dropout.threshold) & 0x80808080 | (bytes_at_least(w3, dropout.threshold) & 0x80808080) >> 1
     half, byte = tl.arange(0, 2), tl.arange(0, 4)
     bit = (1 << (byte[None, :] * 8 + 7 - half[:, None])).to(tl.uint32)[None, None, :, None, :]

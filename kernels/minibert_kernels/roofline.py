@@ -1,14 +1,16 @@
-"""What the hardware allows: the occupancy of a compiled kernel, its time on a named GPU, and that of a training step.
+"""What the hardware allows: the occupancy of a compiled kernel, and its time on a named GPU.
 
 A time is the largest of what each limit alone would take, as if nothing else were in the way:
 
     memory       bytes over COPY_SHARE of the data sheet's bandwidth, which a copy reaches
     matrix       FLOPs of matrix products over MATRIX_SHARE of the dense bf16 peak (`matrix_share`)
-    exponential  an exponential a score, 16 a clock and multiprocessor
+    issue        instructions of all warps over ISSUE_SHARE of the slots: four a clock and multiprocessor
+    exponential  instructions of the special function units, 16 threads a clock and multiprocessor; of a kernel whose
+                 instructions are not known, an exponential a score
     latency      LAUNCH, which no kernel is shorter than
 
-The shares are assumptions, and vector instructions (Philox, the erf) are not counted: a time says what would bind, and
-is no measurement. A step is a sum over ops, without gaps between launches, as from a CUDA graph.
+Instructions are those of the compiled code (`slots`). The shares are assumptions: a time says what would bind, and is
+no measurement.
 """
 
 import re
@@ -16,12 +18,11 @@ from dataclasses import dataclass
 
 from . import lamb
 
-COPY_SHARE, MATRIX_SHARE = 0.9, 0.7
-EXPONENTIALS = 16  # a clock and multiprocessor
+COPY_SHARE, MATRIX_SHARE, ISSUE_SHARE = 0.9, 0.7, 0.8
+SCHEDULERS, EXPONENTIALS, WARP = 4, 16, 32  # of a multiprocessor: issues and threads' exponentials a clock
 LAUNCH = 3e-6
 TOKENS, HEADS, LENGTH = 16384, 12, 512  # what a kernel's time is predicted for; short forms have their own length
-STEP_TOKENS, LABELLED = 65536, 0.15  # of a step: tokens; and the share of tokens with a label
-LENGTHS = (128, 512)  # of its sequences: those of BERT's two phases
+LABELLED = 0.15  # share of the tokens that have a label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +112,50 @@ class Work:
     units: int = TOKENS
 
 
-def seconds(work: Work, gpu: GPU, units: int = 1, launch: float = 0.0, matrix_share: float = MATRIX_SHARE):
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """What a unit takes of all warps together: instructions, and those of the special function unit."""
+
+    instructions: float
+    mufu: float
+
+
+def slots(work: Work, code: dict, loops: list[dict], padding: float = 1.0) -> Slots | None:
+    """What a unit of work takes of the compiled code, or None where the code does not say how much a trip does.
+
+    How often a loop runs follows from what a trip does, and what there is to do: FLOPs of matrix products, or else
+    bytes of global memory. Instructions outside of the loops are counted only of a kernel that has none.
+
+    Args:
+        code, loops: `sass.cost` of all instructions, and of a trip through each innermost loop.
+        padding: elements of the tiles over those that exist.
+    """
+    kind, lanes = ("flops", 1) if work.flops else ("bytes", WARP)
+    pieces = [loop for loop in loops if loop[kind]] or [code]
+    if work.flops:  # of two loops over keys, one is for what needs a mask
+        pieces = [min(pieces, key=lambda piece: piece["instructions"] / max(piece[kind], 1))]
+    done = sum(piece[kind] for piece in pieces) * lanes
+    if not done:
+        return None
+    trips = padding * getattr(work, kind) / done
+    return Slots(
+        instructions=trips * sum(piece["instructions"] for piece in pieces),
+        mufu=trips * sum(piece["mufu"] for piece in pieces),
+    )
+
+
+def seconds(
+    work: Work, gpu: GPU, units: int = 1, launch: float = 0.0, matrix_share: float = MATRIX_SHARE,
+    slots: Slots | None = None,
+):  # fmt: skip
     """The time of so many units, and the limit that binds."""
+    clocks = gpu.multiprocessors * gpu.clock
+    exponentials = slots.mufu * WARP if slots else work.exponentials
     limits = {
         "memory": units * work.bytes / (COPY_SHARE * gpu.bandwidth),
         "matrix": units * work.flops / (matrix_share * gpu.matrix),
-        "exponential": units * work.exponentials / (EXPONENTIALS * gpu.multiprocessors * gpu.clock),
+        "issue": units * slots.instructions / (ISSUE_SHARE * SCHEDULERS * clocks) if slots else 0.0,
+        "exponential": units * exponentials / (EXPONENTIALS * clocks),
         "latency": launch,
     }
     bound = max(limits, key=limits.get)
@@ -132,15 +171,19 @@ ROW_BYTES = {
 }  # fmt: skip
 
 
-def kernel_work(op: str, direction: str, plan: str) -> Work | None:
-    """What a token, labelled row or parameter costs one kernel at least; None where the data decides."""
+def kernel_work(op: str, direction: str, plan: str, length: int = LENGTH, heads: int = HEADS) -> Work | None:
+    """What a token, labelled row or parameter costs one kernel at least; None where the data decides.
+
+    Args:
+        length: of the sequences of a long form; a short form has its own. heads: of attention.
+    """
     number = {name: int(n) for n, name in re.findall(r"(\d+) (columns|tokens)", plan)}
     number |= {name: int(n) for name, n in re.findall(r"(d=|V=|short )(\d+)", plan)}
     if op == "attention":
         form = "short " + direction if "short " in number else direction if direction == "fwd" else plan.split()[0]
         products, rows = ATTENTION[form]
-        scores, d = HEADS * number.get("short ", LENGTH), number["d="]
-        return Work(bytes=HEADS * rows * 2 * d, flops=2 * products * scores * d, exponentials=scores)
+        scores, d = heads * number.get("short ", length), number["d="]
+        return Work(bytes=heads * rows * 2 * d, flops=2 * products * scores * d, exponentials=scores)
     if op == "linear_cross_entropy":
         gradient, vocab = "gradient" in plan, number["V="]
         passes = 1 if not gradient else 2 if vocab <= 16384 else 3  # a wide row is read twice
@@ -187,113 +230,3 @@ MODELS = {
     "bert-base": Model(layers=12, hidden=768, heads=12, inner=3072),
     "bert-large": Model(layers=24, hidden=1024, heads=16, inner=4096),
 }
-VARIANTS = ("minibert", "torch sdpa", "torch eager")
-
-
-def model_flops(model: Model, length: int) -> float:
-    """FLOPs a token that a training step needs: each product once forward and twice backward, and no more."""
-    layer = 2 * (4 * model.hidden**2 + 2 * model.hidden * model.inner) + 4 * length * model.hidden
-    head = 2 * LABELLED * (model.hidden**2 + model.hidden * model.vocab)
-    return 3 * (model.layers * layer + head)
-
-
-def step_work(model: Model, length: int, variant: str, tokens: int = STEP_TOKENS) -> dict[str, Work]:
-    """What a token of a training step in bf16 costs, by op, over all layers.
-
-    Bytes are activation rows of 2 · D, each input of an op read and each output written once; a dropout mask in memory
-    is half a row. The variants have the same modules, the same matrix products and the same loss over labelled rows;
-    "torch sdpa" runs dropout, add, norm and GELU as ops of their own, "torch eager" the attention too. AdamW is one
-    fused pass over float32 states.
-    """
-    d, f, fused = model.hidden, model.inner / model.hidden, variant == "minibert"
-    rows = _fused_rows(f) if fused else _unfused_rows(f)
-    work = {op: Work(bytes=model.layers * 2 * d * n) for op, n in rows.items()}
-    work["attention"] = _attention_work(model, length, variant)
-    # forward and two products backward read and write an input and an output each
-    sizes = ((d, 3 * d), (d, d), (d, model.inner), (model.inner, d))
-    work["matrix products"] = Work(
-        bytes=model.layers * 3 * sum(2 * (n + m) for n, m in sizes),
-        flops=model.layers * 3 * sum(2 * n * m for n, m in sizes),
-    )
-    work["products of the head"] = Work(
-        bytes=LABELLED * 3 * 2 * (3 * d + model.vocab), flops=LABELLED * 6 * (d * d + d * model.vocab)
-    )
-    # logits: read for the sum and again for the gradient, which is written over them; torch's log_softmax is float32
-    work["loss"] = Work(bytes=LABELLED * model.vocab * (6 if fused else 36))
-    work["embeddings"] = Work(bytes=2 * d * (14 if fused else 30))
-    work["optimizer"] = Work(bytes=lamb.least_bytes(4) * model.parameters / tokens)
-    return work
-
-
-def _fused_rows(f):
-    return {
-        "dropout + add + norm": 2 * 8, "bias + GELU": 5 * f, "sums of residual gradients": 2 * 3, "bias gradients": 5,
-    }  # fmt: skip
-
-
-def _unfused_rows(f):
-    # a norm's backward reads its two inputs again for the gradients of its parameters
-    return {
-        "dropout": 2 * 5, "add": 2 * 3, "norm": 2 * 7, "GELU": 5 * f, "sums of residual gradients": 2 * 3,
-        "bias gradients": 5 + f,
-    }  # fmt: skip
-
-
-def _attention_work(model, length, variant):
-    scores = model.heads * length
-    short = variant == "minibert" and length <= 128
-    rows = 4 + (7 if short else 12)
-    work = {"products": 2 + (5 if short else 7), "exponentials": 2 if short else 3}
-    if variant == "torch eager":
-        # scores are written and read by scale, softmax, dropout and both products; q, k, v and out are transposed
-        rows += 4 + 20 * scores / model.hidden
-        work = {"products": 6, "exponentials": 1}
-    return Work(
-        bytes=model.layers * rows * 2 * model.hidden,
-        flops=model.layers * work["products"] * 2 * length * model.hidden,
-        exponentials=model.layers * work["exponentials"] * scores,
-    )
-
-
-def step_rows(models, lengths, gpus, tokens: int = STEP_TOKENS, matrix_share: float = MATRIX_SHARE) -> list[dict]:
-    """One row a model, length, variant and GPU: bytes and FLOPs a token by op, microseconds of the step, MFU."""
-    found = []
-    for name in models:
-        for length in lengths:
-            for variant in VARIANTS:
-                work = step_work(MODELS[name], length, variant, tokens)
-                for gpu in gpus:
-                    times = {op: seconds(w, GPUS[gpu], matrix_share=matrix_share) for op, w in work.items()}
-                    total = sum(time for time, _ in times.values())
-                    ops = {
-                        op: {"bytes": w.bytes, "flops": w.flops, "share": time / total, "bound": bound}
-                        for (op, w), (time, bound) in zip(work.items(), times.values(), strict=True)
-                    }
-                    mfu = model_flops(MODELS[name], length) / (total * GPUS[gpu].matrix)
-                    row = {"model": name, "length": length, "variant": variant, "gpu": gpu, "tokens": tokens}
-                    found.append(row | {"ops": ops, "step_us": 1e6 * total * tokens, "mfu": mfu})
-    return found
-
-
-def step_text(rows: list[dict]) -> str:
-    """Bytes and FLOPs by op, then time and MFU by GPU, for each model and length."""
-    lines = []
-    for model, length in dict.fromkeys((row["model"], row["length"]) for row in rows):
-        chosen = [row for row in rows if (row["model"], row["length"]) == (model, length)]
-        by_variant = {row["variant"]: row["ops"] for row in chosen}
-        lines += ["", f"{model}, {length} tokens a sequence, a training step: kB and MFLOP a token"]
-        lines.append(f"  {'':28}" + "".join(f"{variant:>18}" for variant in by_variant))
-        for op in dict.fromkeys(op for ops in by_variant.values() for op in ops):
-            cells = (ops.get(op) for ops in by_variant.values())
-            lines.append(f"  {op:28}" + "".join(f"{_cost(c['bytes'], c['flops']) if c else '–':>18}" for c in cells))
-        totals = ([sum(c[name] for c in ops.values()) for name in ("bytes", "flops")] for ops in by_variant.values())
-        lines.append(f"  {'sum':28}" + "".join(f"{_cost(*total):>18}" for total in totals))
-        for gpu in dict.fromkeys(row["gpu"] for row in chosen):
-            times = [f"{r['step_us'] / 1e3:.0f} ms, {r['mfu']:.0%}" for r in chosen if r["gpu"] == gpu]
-            label = f"{gpu}: {chosen[0]['tokens']} tokens, MFU"
-            lines.append(f"  {label:28}" + "".join(f"{time:>18}" for time in times))
-    return "\n".join(lines)
-
-
-def _cost(num_bytes, flops):
-    return f"{num_bytes / 1e3:.0f} / {flops / 1e6:.0f}" if flops else f"{num_bytes / 1e3:.0f}"

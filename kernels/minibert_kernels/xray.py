@@ -23,26 +23,14 @@ from . import xray_cache
 from ._triton import AVAILABLE, compiler_versions
 from .dispatch import interpreting
 from .launch import AotCase
-from .roofline import (
-    GPUS,
-    LAUNCH,
-    LENGTHS,
-    MATRIX_SHARE,
-    MODELS,
-    STEP_TOKENS,
-    TYPICAL,
-    kernel_work,
-    occupancy,
-    seconds,
-    step_rows,
-    step_text,
-)
-from .xray_compile import all_facts, cases, code, facts, launched_cases, matches, options_of, plan_of
+from .roofline import GPUS, LAUNCH, MATRIX_SHARE, MODELS, TYPICAL, Slots, Work, kernel_work, occupancy, seconds, slots
+from .step import LENGTHS, STEP_TOKENS, step_rows, step_text
+from .xray_compile import all_facts, cases, code, facts, launched_cases, matches, options_of, plan_of, source
 from .xray_limits import LIMITS, check_pattern, faults, load_json, load_limits
 from .xray_text import KEY, diff, markdown, table
 
 ARCHITECTURES = (80, 90, 100, 120)
-INSTRUMENTS = ("launches", "matrix", "roofline", "sass")  # and xray's own: files that no kernel depends on
+INSTRUMENTS = ("launches", "matrix", "roofline", "sass", "step")  # and xray's own: files that no kernel depends on
 # what is kept of a count
 COUNTED = (
     "op", "label", "forward", "forward_over_minimum", "backward", "backward_over_minimum", "saved",
@@ -62,6 +50,7 @@ class Row:
         wide_share: of the instructions that read or write global memory, those of 16 bytes or more a thread.
         serialized: whether ptxas had each matrix instruction wait for the one before (its message C7515).
         code, loops: the `sass.cost` of all instructions, each run once, and of a trip through each innermost loop.
+        padding: elements of the tiles over those that exist.
         bytes_over_minimum: of the op and direction, all kernels together, as `traffic` counts them; None where it does
             not.
         bytes_per_unit, flops_per_unit, intensity: what a `unit` (a token, a labelled row, a parameter) costs, by
@@ -88,6 +77,7 @@ class Row:
     serialized: bool = False
     code: dict = field(default_factory=dict)
     loops: list = field(default_factory=list)
+    padding: float = 1.0
     bytes_over_minimum: float | None = None
     unit: str | None = None
     bytes_per_unit: float | None = None
@@ -100,6 +90,15 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.op} {self.direction} {self.plan} sm_{self.arch}"
+
+    @property
+    def loop_instructions(self) -> int | None:
+        """Of a trip through the longest innermost loop; None where there is none."""
+        return max((loop["instructions"] for loop in self.loops), default=None)
+
+    def slots(self, work: Work) -> Slots | None:
+        """What a unit of this work takes of the code."""
+        return slots(work, self.code, self.loops, self.padding) if self.code else None
 
 
 def compile_case(case: AotCase, capability: int, **options) -> Row:
@@ -127,8 +126,19 @@ def _row(case, capability, options, facts):
     return Row(
         op=case.op, direction=case.direction, plan=case.label, kernel=case.fn.__name__, arch=capability,
         num_warps=warps, num_stages=options["num_stages"], matmul=case.matmul, occupancy=round(share, 4),
-        limiter=limiter, **facts,
+        limiter=limiter, padding=_padding(case), **facts,
     )  # fmt: skip
+
+
+def _padding(case):
+    """Columns, or dimensions of a head, of a kernel's tiles over those of its plan."""
+    values = {case.fn.arg_names[place[0]]: value for place, value in source(case).constants.items() if len(place) == 1}
+    columns = re.search(r"(?:d=)?(\d+)( columns)?", plan_of(case.label)) if case.op != "attention" else None
+    if case.op == "attention":
+        return values["BLOCK_D"] / values["HEAD_SIZE"]
+    if columns and columns[2] and isinstance(values.get("BLOCK_N"), int):
+        return -(-int(columns[1]) // values["BLOCK_N"]) * values["BLOCK_N"] / int(columns[1])
+    return 1.0
 
 
 def compile_all(
@@ -229,7 +239,7 @@ def with_time(row: Row, gpu: str | None = None, matrix_share: float = MATRIX_SHA
         capacity = occupancy(GPUS[name].capability, row.num_warps, row.registers, row.shared_bytes)
         found |= {"occupancy": round(capacity[0], 4), "limiter": capacity[1]}
     if work:
-        time, bound = seconds(work, GPUS[name], work.units, LAUNCH, matrix_share)
+        time, bound = seconds(work, GPUS[name], work.units, LAUNCH, matrix_share, row.slots(work))
         found |= {"predicted_us": round(1e6 * time, 1), "bound": bound}
     return dataclasses.replace(row, **found)
 
@@ -282,7 +292,7 @@ def run(
     found = [dataclasses.asdict(row) for row in rows]
     models = step or (() if only or as_json or as_markdown or diff_with else MODELS)
     gpus = (gpu,) if gpu else [name for name, known in GPUS.items() if known.arch in arch]
-    steps = step_rows(models, lengths or LENGTHS, gpus, tokens, matrix_share)
+    steps = step_rows(models, lengths or LENGTHS, gpus, tokens, matrix_share, rows)
     if as_json:
         versions = {"versions": compiler_versions()}
         print(json.dumps(versions | {"rows": found} | ({"step": steps} if steps else {})))

@@ -10,8 +10,8 @@ from .roofline import HEADS, LENGTH, TOKENS
 
 KEY = ("op", "direction", "plan", "kernel", "arch")  # which row of an old table is which of a new one
 DIFFED = (
-    "num_warps", "num_stages", "registers", "spilled_bytes", "stack", "shared_bytes", "occupancy", "limiter",
-    "wide_share", "mma", "serialized", "bytes_over_minimum",
+    "num_warps", "num_stages", "registers", "instructions", "loop", "spilled_bytes", "stack", "shared_bytes",
+    "occupancy", "limiter", "wide_share", "mma", "serialized", "bytes_over_minimum",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def _rounded(number):
 COLUMNS = {
     "kernel": lambda r: f"{r.op} {r.direction} {r.plan}", "sm": lambda r: r.arch, "warps": lambda r: r.num_warps,
     "stages": lambda r: r.num_stages, "regs": lambda r: r.registers, "spill": lambda r: r.spilled_bytes,
+    "instr": lambda r: r.code.get("instructions", "-"), "loop": lambda r: _or_dash(r.loop_instructions),
     "stack": lambda r: r.stack, "shared": lambda r: r.shared_bytes, "occ": lambda r: f"{r.occupancy:.0%}",
     "limiter": lambda r: r.limiter.split()[0], "mma": lambda r: _matrix_text(r),
     "wide": lambda r: _or_dash(r.wide_share, ".0%"), "bytes": lambda r: _or_dash(r.bytes_over_minimum, ".3f"),
@@ -87,18 +88,24 @@ def _matrix_text(row) -> str:
 
 def diff(old: list[dict], new: list[dict]) -> str:
     """A line for each row that changed, is new or is gone."""
-    by_name = [{tuple(row[k] for k in KEY): row for row in rows} for rows in (old, new)]
+    by_name = [{tuple(row[k] for k in KEY): row | _lengths(row) for row in rows} for rows in (old, new)]
     lines = []
     for key, row in by_name[1].items():
         name, before = f"{' '.join(key[:3])} sm_{key[4]}", by_name[0].get(key)
         if before is None:
             lines.append(f"new      {name}")
             continue
-        changes = [_change(k, before.get(k), row[k]) for k in DIFFED if before.get(k) != row[k]]
+        changes = [_change(k, before.get(k), row.get(k)) for k in DIFFED if before.get(k) != row.get(k)]
         if changes:
             lines.append(f"changed  {name}: {', '.join(changes)}")
     lines += [f"gone     {' '.join(key[:3])} sm_{key[4]}" for key in by_name[0] if key not in by_name[1]]
     return "\n".join(lines) or "no difference"
+
+
+def _lengths(row):
+    """Instructions of the code, and of a trip through its longest loop."""
+    loop = max((loop["instructions"] for loop in row.get("loops", ())), default=None)
+    return {"instructions": row.get("code", {}).get("instructions"), "loop": loop}
 
 
 def _change(key, before, after):

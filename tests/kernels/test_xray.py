@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minibert_kernels import _triton, matrix, roofline, sass, xray
+from minibert_kernels import _triton, matrix, roofline, sass, step, xray
 
 pytestmark = pytest.mark.skipif(not _triton.AVAILABLE, reason="needs triton")
 KERNELS = Path(xray.__file__).parents[1]
@@ -289,9 +289,14 @@ def test_the_limits_have_reasons_and_a_bad_file_is_refused(tmp_path):
 
 def test_a_difference_says_what_changed_what_is_new_and_what_is_gone():
     old = [dataclasses.asdict(r) for r in (row(), row(plan="d=80"), row(plan="d=128"))]
-    new = [row(registers=176, occupancy=0.125, mma={}, serialized=True), row(plan="d=96"), row(plan="d=128")]
+    loop = {"instructions": 40, "mufu": 1, "flops": 0, "bytes": 16}
+    new = [
+        row(registers=176, occupancy=0.125, mma={}, serialized=True, loops=[loop]),
+        row(plan="d=96"),
+        row(plan="d=128"),
+    ]
     assert xray.diff(old, [dataclasses.asdict(r) for r in new]).splitlines() == [
-        "changed  attention fwd d=64 sm_90: registers 168 → 176 (+8), occupancy 0.25 → 0.125 (-0.125), "
+        "changed  attention fwd d=64 sm_90: registers 168 → 176 (+8), loop None → 40, occupancy 0.25 → 0.125 (-0.125), "
         "mma 8 HGMMA → none, serialized False → True",
         "new      attention fwd d=96 sm_90",
         "gone     attention fwd d=80 sm_90",
@@ -310,6 +315,41 @@ def test_a_predicted_time_is_that_of_the_limit_that_binds():
     assert found.predicted_us == round(1e6 * flops / (0.7 * 989.4e12), 1) and found.bound == "matrix"
     assert xray.with_time(row()) == found, "the typical GPU where none is named"
     assert xray.with_time(row(arch=80), "h200").gpu == "a100", "and where the named one runs other code"
+
+
+def test_issue_slots_are_those_of_as_many_trips_as_the_work_needs():
+    h200, loop = roofline.GPUS["h200"], {"instructions": 600, "mufu": 40, "flops": 1 << 20, "bytes": 64}
+    masked, code = loop | {"instructions": 700}, loop | {"instructions": 2000}
+    work = roofline.kernel_work("attention", "fwd", "d=64")  # 2 products of 512 keys · 12 heads · 64
+    trips = 2 * 2 * 512 * 12 * 64 / (1 << 20)
+    found = roofline.slots(work, code, [masked, loop])
+    assert (found.instructions, found.mufu) == (600 * trips, 40 * trips)
+    assert roofline.slots(work, code, [loop | {"flops": 0}]).instructions == 2000 * trips, "no loop has a product"
+    assert roofline.slots(work, code | {"flops": 0}, []) is None, "an instruction that does not say its shape"
+    gelu = roofline.Work(bytes=4 * 3072)
+    found = roofline.slots(gelu, code, [], padding=1.5)
+    assert found.instructions == 1.5 * 2000 * 4 * 3072 / (64 * 32), "a warp moves 32 times what a thread does"
+    time, bound = roofline.seconds(gelu, h200, 16384, slots=found)
+    assert bound == "issue"
+    assert time == pytest.approx(16384 * found.instructions / (roofline.ISSUE_SHARE * 4 * 132 * 1.83e9))
+
+
+def test_a_step_s_kernels_are_the_compiled_ones_and_their_times_make_the_step_s():
+    loop = {"instructions": 599, "mufu": 34, "flops": 1 << 18, "bytes": 64}
+    rows = [row(plan="d=64 dropout", code=loop, loops=[loop]),
+            row(op="bias_gelu", plan="3072 columns", code=loop | {"flops": 0})]  # fmt: skip
+    [found] = [r for r in step.step_rows(["bert-base"], [512], ["h200"], rows=rows) if r["variant"] == "minibert"]
+    kernels = {k["kernel"]: k for k in found["kernels"]}
+    assert {k["launches"] for k in kernels.values()} == {12, 24}
+    attention, gelu = kernels["attention fwd d=64 dropout"], kernels["bias_gelu fwd 3072 columns"]
+    assert (attention["registers"], attention["loop"], attention["bound"]) == (168, 599, "issue")
+    assert gelu["instructions"] > 0 and kernels["bias_gelu bwd 3072 columns"]["instructions"] is None
+    assert sum(op["share"] for op in found["ops"].values()) == pytest.approx(1)
+    own = sum(k["us"] for k in found["kernels"] if k["op"] == "attention")
+    assert own == pytest.approx(found["ops"]["attention"]["share"] * found["step_us"])
+    [plain] = [r for r in step.step_rows(["bert-base"], [512], ["h200"]) if r["variant"] == "minibert"]
+    assert plain["mfu"] > found["mfu"], "instructions take time"
+    assert "attention fwd d=64 dropout" in step.step_text([found])
 
 
 def test_lamb_s_time_is_that_of_all_parameters_and_the_loss_s_that_of_the_labelled_rows():
@@ -336,7 +376,7 @@ def test_every_plan_has_a_formula_or_is_known_to_have_none():
 
 
 def test_a_step_needs_fewer_bytes_fused_and_its_time_is_that_of_its_ops():
-    rows = roofline.step_rows(["bert-base"], [128, 512], ["h200", "b200"])
+    rows = step.step_rows(["bert-base"], [128, 512], ["h200", "b200"])
     assert len(rows) == 2 * 3 * 2
     for length in (128, 512):
         moved = [
@@ -349,8 +389,8 @@ def test_a_step_needs_fewer_bytes_fused_and_its_time_is_that_of_its_ops():
     base = roofline.MODELS["bert-base"]
     assert base.parameters == pytest.approx(109e6, rel=0.01)
     # six FLOPs a weight of the layers, and twelve a layer, key and column of the scores
-    assert roofline.model_flops(base, 128) == pytest.approx(6 * 85e6 + 12 * 12 * 128 * 768 + 0.15 * 6 * 24e6, rel=0.01)
-    assert "minibert" in roofline.step_text(rows) and "b200: 65536 tokens, MFU" in roofline.step_text(rows)
+    assert step.model_flops(base, 128) == pytest.approx(6 * 85e6 + 12 * 12 * 128 * 768 + 0.15 * 6 * 24e6, rel=0.01)
+    assert "minibert" in step.step_text(rows) and "b200: 65536 tokens, MFU" in step.step_text(rows)
 
 
 def test_tables_have_a_line_a_row_and_a_column_an_architecture():
@@ -361,7 +401,7 @@ def test_tables_have_a_line_a_row_and_a_column_an_architecture():
     ]
     text = xray.table(rows).splitlines()
     assert len(text) == 5
-    assert " ".join(text[1].split()) == "attention fwd d=64 80 4 2 81 0 0 512 25% registers 8 HMMA - - - - - -"
+    assert " ".join(text[1].split()) == "attention fwd d=64 80 4 2 81 0 - - 0 512 25% registers 8 HMMA - - - - - -"
     timed = row(flops_per_unit=1572864.0, intensity=256.0)
     assert xray.table([xray.with_time(timed, "h200")]).splitlines()[1].split()[-4:] == [
         "1.57M",
