@@ -20,7 +20,7 @@ from minibert.profile import Step, synthetic_batch
 from minibert.profile.launches import GPU
 from minibert_kernels.launches import recorded
 
-from .measure import Case, Timer, Work, synchronize
+from .measure import Case, Sample, Timer, Work, synchronize
 
 TOKENS, HEADS, HEAD_SIZE, INNER, VOCAB = 16, 2, 32, 128, 128
 WIDTH = HEADS * HEAD_SIZE
@@ -37,7 +37,7 @@ def on_host(call: Callable[[], object]) -> Timer:
     """CPU seconds that this process spends on a call, over as many calls as last SAMPLE; a GPU is not waited for."""
     count = 1
 
-    def sample() -> float:
+    def sample() -> Sample:
         nonlocal count
         while True:
             synchronize()
@@ -46,7 +46,7 @@ def on_host(call: Callable[[], object]) -> Timer:
                 call()
             taken = time.process_time() - start
             if taken >= SAMPLE / 2:
-                return taken / count
+                return Sample(taken / count)
             count *= 2
 
     return Timer("CPU time", sample)

@@ -35,7 +35,6 @@ COLUMNS = {  # a column's title and how a row fills it; columns that no row fill
     "time": lambda r: duration(r["seconds"]),
     "20 to 80 %": lambda r: f"{duration(r['seconds_low'])} to {duration(r['seconds_high'])}",
     "× x + r": lambda r: _host(r) and r.get("ratio") and f"{1 / r['ratio']:.1f}",
-    "load": lambda r: _host(r) and r["load"],
     "× baseline": lambda r: (
         None if _host(r) else r.get("ratio") and f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
     ),

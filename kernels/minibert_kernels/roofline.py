@@ -230,3 +230,10 @@ MODELS = {
     "bert-base": Model(layers=12, hidden=768, heads=12, inner=3072),
     "bert-large": Model(layers=24, hidden=1024, heads=16, inner=4096),
 }
+
+
+def model_flops(model: Model, length: int) -> float:
+    """FLOPs a token that a training step needs: each product once forward and twice backward, and no more."""
+    layer = 2 * (4 * model.hidden**2 + 2 * model.hidden * model.inner) + 4 * length * model.hidden
+    head = 2 * LABELLED * (model.hidden**2 + model.hidden * model.vocab)
+    return 3 * (model.layers * layer + head)

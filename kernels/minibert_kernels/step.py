@@ -9,19 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import lamb
-from .roofline import GPUS, LABELLED, MATRIX_SHARE, MODELS, Model, Slots, Work, kernel_work, seconds
+from .roofline import GPUS, LABELLED, MATRIX_SHARE, MODELS, Model, Slots, Work, kernel_work, model_flops, seconds
 
 STEP_TOKENS = 65536
 LENGTHS = (128, 512)  # of the sequences: those of BERT's two phases
 FUSED_NORM, FUSED_GELU = "dropout + add + norm", "bias + GELU"
 VARIANTS = ("minibert", "torch sdpa", "torch eager")
-
-
-def model_flops(model: Model, length: int) -> float:
-    """FLOPs a token that a training step needs: each product once forward and twice backward, and no more."""
-    layer = 2 * (4 * model.hidden**2 + 2 * model.hidden * model.inner) + 4 * length * model.hidden
-    head = 2 * LABELLED * (model.hidden**2 + model.hidden * model.vocab)
-    return 3 * (model.layers * layer + head)
 
 
 def step_work(model: Model, length: int, variant: str, tokens: int = STEP_TOKENS) -> dict[str, Work]:

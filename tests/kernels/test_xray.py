@@ -389,7 +389,7 @@ def test_a_step_needs_fewer_bytes_fused_and_its_time_is_that_of_its_ops():
     base = roofline.MODELS["bert-base"]
     assert base.parameters == pytest.approx(109e6, rel=0.01)
     # six FLOPs a weight of the layers, and twelve a layer, key and column of the scores
-    assert step.model_flops(base, 128) == pytest.approx(6 * 85e6 + 12 * 12 * 128 * 768 + 0.15 * 6 * 24e6, rel=0.01)
+    assert roofline.model_flops(base, 128) == pytest.approx(6 * 85e6 + 12 * 12 * 128 * 768 + 0.15 * 6 * 24e6, rel=0.01)
     assert "minibert" in step.step_text(rows) and "b200: 65536 tokens, MFU" in step.step_text(rows)
 
 
