@@ -160,11 +160,9 @@ def norm_plan(cols: int, direction: str) -> NormPlan:
     4 programs, because each of them writes a row of partial weight gradients.
     """
     block_n = max(16, 1 << (cols - 1).bit_length())
-    smallest = 1 if direction == "fwd" else 8
-    num_warps = max(smallest, block_n // 512)
-    block_m = num_warps * 512 // block_n
+    num_warps = max(1, block_n // 1024) if direction == "fwd" else max(8, block_n // 512)
     return NormPlan(
-        block_m=block_m, block_n=block_n, num_warps=num_warps,
+        block_m=max(1, num_warps * 512 // block_n), block_n=block_n, num_warps=num_warps,
         programs_per_sm=0 if direction == "fwd" else 16 // num_warps,
     )  # fmt: skip
 

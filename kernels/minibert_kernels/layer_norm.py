@@ -74,7 +74,7 @@ def _dropout_add_norm_fwd_kernel(
     if DROPOUT:
         counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
         keep = row_keep_tile(tl.load(seed_ptr), threshold, counter, BLOCK_M, BLOCK_N)
-        total = tl.where(keep, total * scale, 0.0)
+        total = tl.where(keep, total, 0.0) * scale
     if residual_ptr is not None:
         residual = residual_ptr + row[:, None] * stride_residual_row + col[None, :] * stride_residual_col
         total += tl.load(residual, mask=in_tile, other=0.0).to(tl.float32)
@@ -87,13 +87,14 @@ def _dropout_add_norm_fwd_kernel(
     if not RMS:
         total, mean = centre_rows(total, in_row, n_cols)
         tl.store(stats_ptr + n_rows + row, mean, mask=in_rows)
-    rstd = tl.rsqrt(tl.sum(total * total, axis=1) / n_cols + eps)
+    rstd = tl.rsqrt(tl.sum(total * total, axis=1) * (1.0 / n_cols) + eps)
     tl.store(stats_ptr + row, rstd, mask=in_rows)
 
-    weight = tl.load(weight_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)
-    out = total * rstd[:, None] * weight[None, :]
+    # a matrix of one row, so that a program of one row reads it in the layout of x
+    weight = tl.load(weight_ptr + col[None, :], mask=in_row, other=0.0).to(tl.float32)
+    out = total * rstd[:, None] * weight
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)[None, :]
+        out += tl.load(bias_ptr + col[None, :], mask=in_row, other=0.0).to(tl.float32)
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
@@ -110,9 +111,11 @@ def _dropout_add_norm_bwd_kernel(
     col = tl.arange(0, BLOCK_N).to(tl.int64)
     in_row = col < n_cols
     weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    inverse = 1.0 / n_cols
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tile in range(program, tl.cdiv(n_rows, BLOCK_M), programs):
+    for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=2):
         row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         in_rows = row < n_rows
         in_tile = in_rows[:, None] & in_row[None, :]
@@ -129,9 +132,11 @@ def _dropout_add_norm_bwd_kernel(
         dbias += dout
 
         g = dout * weight
-        d = g - n * (tl.sum(g * n, axis=1) / n_cols)[:, None]
-        if not RMS:
-            d -= (tl.sum(g, axis=1) / n_cols)[:, None]
+        if RMS:
+            d = g - n * (tl.sum(g * n, axis=1) * inverse)[:, None]
+        else:
+            gn_mean, g_mean = tl.split(tl.sum(tl.join(g * n, g), axis=1) * inverse)
+            d = g - n * gn_mean[:, None] - g_mean[:, None]
         d *= rstd
         if dtotal_ptr is not None:
             dtotal = dtotal_ptr + row[:, None] * stride_dtotal_row + col[None, :] * stride_dtotal_col
@@ -140,7 +145,7 @@ def _dropout_add_norm_bwd_kernel(
             tl.store(dresidual_ptr + offset, d.to(dresidual_ptr.dtype.element_ty), mask=in_tile)
         if DROPOUT:
             counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
-            d = tl.where(row_keep_tile(tl.load(seed_ptr), threshold, counter, BLOCK_M, BLOCK_N), d * scale, 0.0)
+            d = tl.where(row_keep_tile(seed, threshold, counter, BLOCK_M, BLOCK_N), d, 0.0) * scale
         tl.store(dx_ptr + offset, d.to(dx_ptr.dtype.element_ty), mask=in_tile)
     partial = dparams_ptr + program.to(tl.int64) * n_cols + col
     tl.store(partial, tl.sum(dweight, axis=0), mask=in_row)

@@ -58,8 +58,9 @@ def row_keep_tile(seed, threshold, rows, M: tl.constexpr, N: tl.constexpr):
     first = tl.where(byte < 4, w0[:, :, None], w1[:, :, None])
     second = tl.where(byte < 12, w2[:, :, None], w3[:, :, None])
     word = tl.where(byte < 8, first, second)
-    drawn = (word >> ((byte % 4) * 8).to(tl.uint32)) & 0xFF
-    return (drawn.to(tl.int32) >= threshold).reshape(M, N)
+    # a byte is compared at the top of the word: what is below it decides nothing, and so need not be cut off
+    drawn = word << (24 - byte % 4 * 8).to(tl.uint32)
+    return (drawn >= (threshold.to(tl.uint32) << 24)).reshape(M, N)
 
 
 def philox(seed, c0, c1=0, c2=0, c3=0):
