@@ -224,14 +224,11 @@ class CrossEntropyPlan:
 
 @cache
 def cross_entropy_plan(cols: int) -> CrossEntropyPlan:
-    """The plan of the loss over `cols` classes: 32 columns a thread up to 16,384, then 16 in a loop.
-
-    Whole rows of 32,768 would need more than the 64 registers a thread that 32 warps leave.
-    """
+    """The plan of the loss over `cols` classes: 64 columns a thread up to 32,768 of them, then 32 in a loop."""
     block = max(128, 1 << (cols - 1).bit_length())
-    if block > 16384:
-        return CrossEntropyPlan(block=8192, num_warps=16)
-    return CrossEntropyPlan(block=block, num_warps=max(4, block // 1024))
+    if block > 32768:
+        return CrossEntropyPlan(block=8192, num_warps=8)
+    return CrossEntropyPlan(block=block, num_warps=max(4, block // 2048))
 
 
 @dataclass(frozen=True, kw_only=True)

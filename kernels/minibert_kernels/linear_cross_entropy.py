@@ -15,6 +15,7 @@ the number of labels in backward, because in float16 a mean's dz would be lost.
 """
 
 import torch
+import torch.nn.functional as F
 
 from . import reference
 from ._triton import tl, triton
@@ -25,32 +26,51 @@ from .op import Op
 CHUNK_BYTES = 64 * 2**20
 STRIP_BYTES = 4 * 2**20  # of logits in float32 that torch works on at a time, in a CPU's cache
 REDUCTIONS = ("mean", "sum", "none")
+PADDING = 64  # columns that rows of logits are padded to a multiple of: 128 bytes of bfloat16
+
+
+def padded(vocab: int) -> int:
+    """Columns of a row of logits in memory."""
+    return -(-vocab // PADDING) * PADDING
 
 
 def chunk_rows(vocab: int, element_size: int) -> int:
-    """Rows of logits, padded to 64 columns, that fit into CHUNK_BYTES: a multiple of 128 where possible."""
-    rows = max(1, CHUNK_BYTES // (-(-vocab // 64) * 64 * element_size))
+    """Rows of padded logits that fit into CHUNK_BYTES: a multiple of 128 where possible."""
+    rows = max(1, CHUNK_BYTES // (padded(vocab) * element_size))
     return rows if rows < 128 else rows // 128 * 128
 
 
 @triton.jit
-def _load_logits(logits_ptr, bias_ptr, col, n_cols):
-    x = tl.load(logits_ptr + col, mask=col < n_cols, other=float("-inf")).to(tl.float32)
+def _load_logits(logits_ptr, bias_ptr, col, wanted):
+    """Logits in float32; those of padded columns are -inf, by the bias, and so are those past them."""
+    x = tl.load(logits_ptr + col, mask=wanted, other=float("-inf")).to(tl.float32)
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + col, mask=col < n_cols, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + col, mask=wanted, other=float("-inf")).to(tl.float32)
     return x
 
 
 @triton.jit
+def _number_ahead(logits_ptr, bias_ptr, target, label, end, n_padded, BLOCK_N: tl.constexpr):
+    """How many of `end` columns argmax would take before the label: the first of equals, and NaN over every number."""
+    col, ahead = tl.arange(0, BLOCK_N), tl.zeros([BLOCK_N], tl.int32)
+    for start in range(0, end, BLOCK_N):
+        x = _load_logits(logits_ptr, bias_ptr, start + col, start + col < n_padded)
+        first = start + col < label
+        beats = tl.where(target == target, (x != x) | (x > target) | ((x == target) & first), (x != x) & first)
+        ahead += (beats & (start + col < end)).to(tl.int32)
+    return tl.sum(ahead, 0)
+
+
+@triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, bias_ptr,        # [rows, cols], replaced by dz · row_weight; [cols] or None
+    logits_ptr, bias_ptr,        # [rows, padded], replaced by dz · row_weight; [padded], -inf past n_cols, or None
     labels_ptr, row_weight_ptr,  # int64 [rows]; fp32 [rows] or None for 1
     loss_ptr, correct_ptr,       # fp32 [rows], bool [rows]
-    stride_logits_row, n_cols, ignore_index, smoothing,  # smoothing is None for 0
-    GRADIENT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+    n_cols, n_padded, ignore_index, smoothing,  # smoothing is None for 0
+    GRADIENT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride_logits_row
+    logits_ptr += row * n_padded
     label = tl.load(labels_ptr + row)
     counted = label != ignore_index
     # a label outside of the vocabulary reads nothing, and its loss is not a number
@@ -58,59 +78,81 @@ def _cross_entropy_kernel(
     target = tl.load(logits_ptr + label, mask=in_vocabulary, other=float("nan")).to(tl.float32)
     if bias_ptr is not None:
         target += tl.load(bias_ptr + label, mask=in_vocabulary, other=0.0).to(tl.float32)
-    label = label.to(tl.int32)
     base = tl.where(tl.abs(target) < float("inf"), target, 0.0)
 
+    # masks are at the padded width, a multiple of 16 bytes; of a row without a label nothing is read
     col = tl.arange(0, BLOCK_N)
     x = tl.zeros([BLOCK_N], tl.float32)
-    peak, ahead = tl.full([], float("-inf"), tl.float32), tl.full([], 0, tl.int32)
+    peak, shift = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
     total, spread = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     for start in range(0, n_cols, BLOCK_N):
-        x = _load_logits(logits_ptr, bias_ptr, start + col, n_cols)
+        x = _load_logits(logits_ptr, bias_ptr, start + col, (start + col < n_padded) & counted)
+        if smoothing is not None:
+            spread += tl.sum(tl.where(start + col < n_cols, x - base, 0.0), 0)
         top = tl.maximum(peak, tl.max(x, 0))
         # where all are -inf so far, exp(-inf - 0) is 0 while exp(-inf + inf) is not a number
         shift = tl.where(top == float("-inf"), 0.0, top)
-        total = total * tl.exp(peak - shift) + tl.sum(tl.exp(x - shift), 0)
+        x = tl.exp(x - shift)
+        total = total * tl.exp(peak - shift) + tl.sum(x, 0)
         peak = top
-        if smoothing is not None:
-            spread += tl.sum(tl.where(start + col < n_cols, x - base, 0.0), 0)
-        # as torch's argmax: the first of equals wins, and NaN over every number; columns past the end, -inf, beat none
-        first = start + col < label
-        beats = tl.where(target == target, (x != x) | (x > target) | ((x == target) & first), (x != x) & first)
-        ahead += tl.sum(beats.to(tl.int32), 0)
 
     loss = tl.log(total) + (peak - target)
     if smoothing is not None:
         loss = tl.log(total) + (1.0 - smoothing) * (peak - target) + smoothing * (peak - base - spread / n_cols)
+    ahead = tl.full([], 1, tl.int32)
+    if counted & ((target == peak) | (total != total)):
+        # without NaN only an equal logit before the label can win
+        end = tl.where(total == total, label.to(tl.int32), n_cols)
+        ahead = _number_ahead(logits_ptr, bias_ptr, target, label, end, n_padded, 2048)
     tl.store(loss_ptr + row, tl.where(counted, loss, 0.0))
     tl.store(correct_ptr + row, counted & in_vocabulary & (ahead == 0))
     if GRADIENT:
-        scale = 1.0 / total
+        scale = tl.where(counted, 1.0, 0.0)
+        if row_weight_ptr is not None:
+            scale *= tl.load(row_weight_ptr + row, mask=counted, other=0.0)
+        by_label, by_all = scale, tl.full([], 0.0, tl.float32)
+        if smoothing is not None:
+            by_label, by_all = scale * (1.0 - smoothing), scale * (smoothing / n_cols)
+        scale = tl.where(counted, scale / total, 0.0)
         for start in range(0, n_cols, BLOCK_N):
             if WIDE:
-                x = _load_logits(logits_ptr, bias_ptr, start + col, n_cols)
-            dz = tl.exp(x - peak) * scale
+                x = _load_logits(logits_ptr, bias_ptr, start + col, (start + col < n_padded) & counted)
+                x = tl.exp(x - shift)
+            dz = x * scale
             if smoothing is not None:
-                dz -= tl.where(start + col == label, 1.0 - smoothing, 0.0) + smoothing / n_cols
-            else:
-                dz -= tl.where(start + col == label, 1.0, 0.0)
-            if row_weight_ptr is not None:
-                dz *= tl.load(row_weight_ptr + row)
-            dz = tl.where(counted, dz, 0.0).to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + start + col, dz, mask=start + col < n_cols)
+                dz -= by_all
+            tl.store(logits_ptr + start + col, dz.to(logits_ptr.dtype.element_ty), mask=start + col < n_padded)
+        # others wrote over these elements; padded columns stay finite for the rows of the next chunk
+        tl.debug_barrier()
+        dtarget = tl.exp(target - shift) * scale - by_all - by_label
+        tl.store(logits_ptr + label, dtarget.to(logits_ptr.dtype.element_ty), mask=counted & in_vocabulary)
+        padding = n_cols + tl.arange(0, PADDING)
+        tl.store(logits_ptr + padding, tl.zeros([PADDING], logits_ptr.dtype.element_ty), mask=padding < n_padded)
+
+
+def _padded_bias(bias, vocab, like):
+    """[padded], with -inf in the padded columns, or None where there are neither those nor a bias."""
+    padding = padded(vocab) - vocab
+    if bias is None:
+        bias = like.new_zeros(vocab) if padding else None
+    return None if bias is None else F.pad(bias, (0, padding), value=float("-inf")).contiguous()
 
 
 def _softmax_by_kernel(logits, bias, labels, row_weight, ignore_index, smoothing, gradient):
-    """Losses and correct flags of a chunk, whose logits (without bias) become their gradient in place."""
+    """Losses and correct flags of a chunk, whose logits (without bias) become their gradient in place.
+
+    Args:
+        logits: [rows, V], a view of [rows, padded], which holds finite numbers past V.
+        bias: by `_padded_bias`.
+    """
     rows, cols = logits.shape
     losses, correct = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.bool)
     plan = cross_entropy_plan(cols)
     with torch.cuda.device_of(logits):
         _cross_entropy_kernel[(rows,)](
-            logits, None if bias is None else bias.contiguous(),
-            labels.contiguous(), None if row_weight is None else row_weight.contiguous(), losses, correct,
-            logits.stride(0), cols, ignore_index, smoothing or None,
-            GRADIENT=gradient, WIDE=plan.block < cols, BLOCK_N=plan.block,
+            logits, bias, labels.contiguous(), None if row_weight is None else row_weight.contiguous(), losses, correct,
+            cols, logits.stride(0), ignore_index, smoothing or None,
+            GRADIENT=gradient, WIDE=plan.block < cols, BLOCK_N=plan.block, PADDING=PADDING,
             num_warps=plan.num_warps, num_stages=1, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return losses, correct
@@ -182,8 +224,9 @@ def _loop(hidden, weight, bias, labels, ignore_index, smoothing, max_labels, ker
     dweight = (hidden.new_empty if total else hidden.new_zeros)(weight.shape if wanted[1] else 0, dtype=wide)
     dbias = hidden.new_zeros(vocab if wanted[2] else 0, dtype=wide)
     chunk = min(chunk_rows(vocab, hidden.element_size()), total)
-    buffer = hidden.new_empty(chunk, -(-vocab // 64) * 64)  # rows begin at multiples of 128 bytes
+    buffer = hidden.new_empty(chunk, padded(vocab))
     buffer[:, vocab:] = 0  # a product on the CPU reads one more bfloat16 where the vocabulary is odd
+    kernel_bias = _padded_bias(bias, vocab, hidden) if kernel else None
     for start in range(0, total, chunk or 1):
         part = slice(start, start + chunk) if rows is None else rows[start : start + chunk]
         h, label = hidden[part], labels[part]
@@ -191,7 +234,7 @@ def _loop(hidden, weight, bias, labels, ignore_index, smoothing, max_labels, ker
         options = label, None if row_weight is None else row_weight[part], ignore_index, smoothing, any(wanted)
         if kernel:
             torch.mm(h, weight.mT, out=logits)
-            losses[part], correct[part] = _softmax_by_kernel(logits, bias, *options)
+            losses[part], correct[part] = _softmax_by_kernel(logits, kernel_bias, *options)
         else:
             torch.mm(h, weight.mT, out=logits) if bias is None else torch.addmm(bias, h, weight.mT, out=logits)
             losses[part], correct[part] = _softmax_by_torch(logits, *options)
@@ -391,8 +434,8 @@ def aot_cases(capability):
             arguments = aot_arguments(
                 _cross_entropy_kernel,
                 logits_ptr="*bf16", bias_ptr="*bf16", labels_ptr="*i64", row_weight_ptr=None, loss_ptr="*fp32",
-                correct_ptr="*i1", stride_logits_row=-(-vocab // 64) * 64, n_cols=vocab, ignore_index=-100,
-                smoothing=None, GRADIENT=gradient, WIDE=plan.block < vocab, BLOCK_N=plan.block,
+                correct_ptr="*i1", n_cols=vocab, n_padded=padded(vocab), ignore_index=-100,
+                smoothing=None, GRADIENT=gradient, WIDE=plan.block < vocab, BLOCK_N=plan.block, PADDING=PADDING,
             )  # fmt: skip
             yield AotCase(
                 op="linear_cross_entropy", direction="fwd", label=f"V={vocab}{' with gradient' * gradient}",
