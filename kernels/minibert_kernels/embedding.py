@@ -23,7 +23,17 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_floating, use_triton
-from .launch import FP_FUSION, NORM_MAX_COLS, AotCase, aot_arguments, as_matrix, ceil_div, multiprocessors, norm_plan
+from .launch import (
+    FP_FUSION,
+    NORM_MAX_COLS,
+    VARYING,
+    AotCase,
+    aot_arguments,
+    as_matrix,
+    ceil_div,
+    multiprocessors,
+    norm_plan,
+)
 from .layer_norm import centre_rows
 from .op import Op
 from .packing import check_index
@@ -57,7 +67,7 @@ def _total(word, type, position, row, in_rows, col, in_tile):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _embed_norm_fwd_kernel(
     word, type, position,          # Lookups; position may be None
     weight_ptr, bias_ptr,          # [cols] twice, bias may be None
@@ -88,7 +98,7 @@ def _embed_norm_fwd_kernel(
     tl.store(out_ptr + row[:, None] * n_cols + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _embed_norm_bwd_kernel(
     dout_ptr, mean_ptr, rstd_ptr,  # [rows, cols], fp32 [rows] twice
     word, type, position, weight_ptr, seed_ptr, rows_ptr,

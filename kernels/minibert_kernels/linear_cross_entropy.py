@@ -8,8 +8,9 @@ With z = h · weightᵀ + bias for each row h that has a label y, smoothing s, a
 Rows come in chunks whose logits take at most CHUNK_BYTES. While they exist the softmax turns them into dz in place, in
 one kernel or in torch, and the products with dz follow: three products in all and no recomputation, so backward only
 multiplies by the gradient of the loss. With a gradient for each row (reduction="none") backward runs the loop again.
-Rows without a label are left out. All that is not a matrix product moves 2 V elements a row: logits in, dz out (4 where
-the row does not fit into registers).
+Rows without a label are left out. All that is not a matrix product moves 2 V elements a row: logits in, dz out (3 where
+the row does not fit into registers). Rows of logits are padded to a multiple of 128 bytes and masked there, so that
+accesses are of 16 bytes for any V; a bias of -inf, padded once a call, keeps the padded columns out of the sum.
 Saved: the gradients of the sum of losses, dhidden in hidden's dtype, dweight and dbias in float32. They are divided by
 the number of labels in backward, because in float16 a mean's dz would be lost.
 """

@@ -62,7 +62,7 @@ def _last_needed(key, wanted, BITS: tl.constexpr):
     return tau
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_tokens",))
 def _mlm_mask_kernel(
     ids_ptr, cu_seqlens_ptr, seq_ids_ptr, epochs_ptr, seed_ptr,  # int64 [T], int32 [B + 1], [B] or None twice, scalar
     special_ptr, continues_ptr, ordinary_ptr,  # bool [V], bool [V] or None, int64 [n]

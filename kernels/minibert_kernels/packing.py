@@ -15,12 +15,12 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, on_host, use_triton
-from .launch import FP_FUSION, AotCase, aot_arguments, ceil_div, gather_plan
+from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div, gather_plan
 from .op import Op
 from .segment import segment_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_source", "n_inner", *VARYING))
 def _gather_rows_kernel(
     x_ptr, index_ptr, out_ptr,  # [outer, inner, cols], int64 [rows] into outer * inner, [rows, cols] contiguous
     stride_x_outer, stride_x_inner, stride_x_col, n_source, n_inner, n_rows, n_cols,

@@ -17,6 +17,7 @@ import re
 from dataclasses import dataclass
 
 from . import lamb
+from .launch import cross_entropy_plan
 
 COPY_SHARE, MATRIX_SHARE, ISSUE_SHARE = 0.9, 0.7, 0.8
 SCHEDULERS, EXPONENTIALS, WARP = 4, 16, 32  # of a multiprocessor: issues and threads' exponentials a clock
@@ -186,9 +187,9 @@ def kernel_work(op: str, direction: str, plan: str, length: int = LENGTH, heads:
         return Work(bytes=heads * rows * 2 * d, flops=2 * products * scores * d, exponentials=scores)
     if op == "linear_cross_entropy":
         gradient, vocab = "gradient" in plan, number["V="]
-        passes = 1 if not gradient else 2 if vocab <= 16384 else 3  # a wide row is read twice
+        again = gradient and cross_entropy_plan(vocab).block < vocab  # a wide row is read twice
         return Work(
-            bytes=2 * passes * vocab, exponentials=(1 + gradient) * vocab, unit="labelled row",
+            bytes=2 * (1 + gradient + again) * vocab, exponentials=(1 + again) * vocab, unit="labelled row",
             units=round(LABELLED * TOKENS),
         )  # fmt: skip
     if op == "lamb_step":

@@ -13,13 +13,13 @@ keys and order, and two float32 rows a chunk at most.
 import torch
 
 from ._triton import tl, triton
-from .launch import FP_FUSION, AotCase, aot_arguments, ceil_div
+from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div
 
 ROWS = 64  # of a chunk: all in flight at once, and few enough that as many runs cost little arithmetic
 STEP = 32  # chunks that the second kernel adds at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size", *VARYING))
 def _segment_sum_kernel(
     x_ptr, keys_ptr, order_ptr,    # [rows, cols], int64 [rows] sorted, int64 [rows]: where in x each of them is
     out_ptr, partial_ptr,          # [size, cols] zeros, fp32 [chunks, 2, cols]: of the run before, of the run after
@@ -53,7 +53,7 @@ def _segment_sum_kernel(
         key = tl.min(tl.where(wanted & (keys > key), keys, size), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("size", *VARYING))
 def _crossing_runs_kernel(
     keys_ptr, partial_ptr, out_ptr, n_rows, n_cols, size,
     ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr,

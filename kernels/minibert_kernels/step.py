@@ -38,8 +38,8 @@ def step_work(model: Model, length: int, variant: str, tokens: int = STEP_TOKENS
     work["products of the head"] = Work(
         bytes=LABELLED * 3 * 2 * (3 * d + model.vocab), flops=LABELLED * 6 * (d * d + d * model.vocab)
     )
-    # logits: read for the sum and again for the gradient, which is written over them; torch's log_softmax is float32
-    work["loss"] = Work(bytes=LABELLED * model.vocab * (6 if fused else 36))
+    # logits: read once, and the gradient written over them; torch's log_softmax is float32
+    work["loss"] = Work(bytes=LABELLED * model.vocab * (4 if fused else 36))
     work["embeddings"] = Work(bytes=2 * d * (14 if fused else 30))
     work["optimizer"] = Work(bytes=lamb.least_bytes(4) * model.parameters / tokens)
     return work

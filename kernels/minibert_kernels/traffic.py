@@ -106,7 +106,8 @@ def observed(observer):
     originals = {name: getattr(builder, name) for name in names} | {"__call__": executor.__call__}
 
     def touch(builder, pointers, mask, writes):
-        mask = np.ones_like(pointers.data, dtype=bool) if mask is None else mask.data
+        # a mask that a scalar entered is of integers
+        mask = np.ones_like(pointers.data, dtype=bool) if mask is None else mask.data.astype(bool)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         observer.touch(builder.grid_idx, pointers.data, np.broadcast_to(mask, pointers.data.shape), size, writes)
 
@@ -274,7 +275,14 @@ def cases() -> list[Case]:
         )
     )  # fmt: skip
     # a row in registers, and one that is too wide
-    for rows, classes, gradient in ((64, 16384, True), (64, 16384, False), (16, 30522, True), (16, 30522, False)):
+    for rows, classes, gradient in (
+        (64, 16384, True),
+        (64, 16384, False),
+        (16, 30522, True),
+        (16, 30522, False),
+        (4, 119547, True),
+        (4, 119547, False),
+    ):
         labels = torch.randint(classes, (rows,), generator=generator)
 
         def loss(h, y, w, b, rows=rows, gradient=gradient):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import harness
 import pytest
 import torch
 from harness import SEED, arrange, values_and_gradients
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import minibert_kernels as kernels
-from minibert_kernels import dispatch
+from minibert_kernels import dispatch, embedding, masking, packing, segment
 from minibert_kernels.op import Op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,6 +142,38 @@ def test_a_tensor_may_have_any_stride(name, tensor):
     call = CALLS.get(name, MLM_MASK)
     plain = call.tensors() | COUNTERS.get(name, {})
     assert_equal(call.run(tensors=plain | {tensor: strided(plain[tensor])}), call.run(tensors=plain))
+
+
+KERNELS = {
+    "embed_norm": (embedding, ("_embed_norm_fwd_kernel", "_embed_norm_bwd_kernel")),
+    "segment_sum": (segment, ("_segment_sum_kernel", "_crossing_runs_kernel")),
+    "gather_rows": (packing, ("_gather_rows_kernel",)),
+    "mlm_mask": (masking, ("_mlm_mask_kernel",)),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_batches_of_any_number_of_tokens_run_the_same_code(name, monkeypatch):
+    module, names = KERNELS[name]
+    launches = [harness.Recorder(getattr(module, kernel)) for kernel in names]
+    for kernel, launch in zip(names, launches, strict=True):
+        monkeypatch.setattr(module, kernel, launch)
+    tables = {name: torch.zeros(n, 64, device=DEVICE) for name, n in (("word", 41), ("position", 16), ("type", 2))}
+    vector, special = torch.zeros(64, device=DEVICE), torch.arange(41, device=DEVICE) < 5
+    for n in (1, 2, 16, 17, 4096, 4099):
+        ids, x = torch.zeros(n, dtype=torch.int64, device=DEVICE), torch.zeros(n, 64, device=DEVICE)
+        if name == "embed_norm":
+            arguments = {"ids": ids, "type_ids": ids, "positions": ids, "weight": vector, "bias": vector} | tables
+            values_and_gradients(lambda **t: kernels.embed_norm(**t, backend="triton"), arguments, [x])
+        elif name == "segment_sum":
+            segment.segment_sum(x.repeat(100, 1), ids.repeat(100), n)
+        elif name == "gather_rows":
+            kernels.select_rows(x, ids, backend="triton")
+            kernels.unpack(x, ints(0, n, dtype=torch.int32), n, backend="triton")
+        else:
+            cuts, options = ints(0, 1, dtype=torch.int32), {"mask_id": 4, "special": special, "ordinary": IDS}
+            kernels.mlm_mask(ids, cuts, 16, **options, backend="triton")
+    assert [launch.variants() for launch in launches] == [1] * len(launches)
 
 
 class Recorder(TorchDispatchMode):
