@@ -109,10 +109,16 @@ class Races(Launches):
 
     def begin_launch(self, launch):
         super().begin_launch(launch)
-        self.accesses = []
+        self.accesses, self.program = [], None
 
     def touch(self, program, pointers, mask, size, writes):
         used = np.unique(pointers[mask])
+        if program != self.program:
+            self.program, self.written = program, []
+        if writes:
+            self.written.append(used)
+        elif self.written and np.isin(used, np.concatenate(self.written)).any():
+            self.found.append(f"{self.seen[-1].kernel}: program {program} reads what other threads of it have written")
         index = np.ravel_multi_index(program, self.seen[-1].grid + (1,) * (3 - len(self.seen[-1].grid)))
         for byte in range(0, size, 2):  # no two types overlap by a single byte
             self.accesses.append((used + np.uint64(byte), np.full(len(used), index), np.full(len(used), writes)))
@@ -137,7 +143,8 @@ class Races(Launches):
 
 @contextmanager
 def without_races():
-    """Refuse, at the end, kernels of which two programs touched one address while at least one of them wrote there.
+    """Refuse, at the end, kernels of which two programs touched one address while at least one of them wrote there, or
+    one read what it had written: no barrier stands between the threads of a program.
 
     Yields the `Launches`.
     """

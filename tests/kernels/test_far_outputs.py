@@ -84,6 +84,11 @@ CALLS = {
 }  # fmt: skip
 
 
+def test_every_op_that_writes_rows_is_called():
+    by_itself = {"lamb_step", "linear_cross_entropy", "mlm_mask"}
+    assert {name.split()[0] for name in CALLS} | by_itself == set(kernels.TRITON_OPS)
+
+
 def run(call):
     """Values, gradients and launches; the gradients that come in are one row, expanded, too."""
     op, tensors, options = call()

@@ -54,6 +54,18 @@ def _count_kernel(out_ptr, n, BLOCK: tl.constexpr):
         tl.store(out_ptr + at, at)
 
 
+@triton.jit
+def _write_and_read_kernel(x_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x_ptr + at, at)
+    tl.store(x_ptr + at, tl.load(x_ptr + BLOCK - 1 - at))
+
+
+def test_a_program_that_reads_what_it_wrote_races():
+    with pytest.raises(AssertionError, match="reads what other threads of it have written"), without_races():
+        _write_and_read_kernel[(1,)](torch.zeros(16, dtype=torch.int32), BLOCK=16)
+
+
 def test_few_programs_run_both_ends_of_a_grid_and_of_a_loop():
     out, all_of_it = torch.zeros(1000, dtype=torch.int32), torch.zeros(100, dtype=torch.int32)
     with few_programs(ends=3):

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from instruments import bfloat16, guarded, modules, without_races
+from instruments import guarded, modules, without_races
 from wide_calls import WIDE, lamb, mlm
 
 from minibert_kernels import dispatch
@@ -25,7 +25,7 @@ def assert_several(launches):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WIDE)
 def test_many_programs_give_the_reference_and_touch_nothing_of_each_other(name, dtype):
-    with bfloat16(), guarded(), without_races() as launches:
+    with guarded(), without_races() as launches:
         WIDE[name].check(dtype)
     assert_several(launches.seen)
     assert {launch.kernel for launch in launches.seen} == WIDE[name].launches

@@ -12,7 +12,7 @@ import test_every_op
 import test_far_outputs
 import test_precision
 import torch
-from instruments import bfloat16, planted, without_races
+from instruments import planted, without_races
 from triton.runtime.errors import InterpreterError
 from wide_calls import WIDE
 
@@ -41,16 +41,8 @@ class Fault:
     says: str
 
 
-def values(name):
-    return lambda folder: WIDE[name].check(torch.float32)
-
-
-def values_in_bfloat16(name):
-    def run(folder):
-        with bfloat16():
-            WIDE[name].check(torch.bfloat16)
-
-    return run
+def values(name, dtype=torch.float32):
+    return lambda folder: WIDE[name].check(dtype)
 
 
 def races(name):
@@ -131,7 +123,7 @@ FAULTS = {
         gelu._bias_act_fwd_kernel,
         {"out.to(out_ptr.dtype.element_ty)":
             "(out * (1.02 if out_ptr.dtype.element_ty == tl.bfloat16 else 1.0)).to(out_ptr.dtype.element_ty)"},
-        values_in_bfloat16("bias_gelu"), "error",
+        values("bias_gelu", torch.bfloat16), "error",
     ),
     "wrong by 2 % in the tiles of one architecture": Fault(
         attention_long._attention_bwd_dkdv_kernel,

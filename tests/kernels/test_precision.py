@@ -9,13 +9,12 @@ from functools import partial
 import pytest
 import torch
 from harness import values_and_gradients, widen
-from instruments import bfloat16
 from wide_calls import COLS, ROWS, Wide, cuts, ids, qkv, wide
 
 import minibert_kernels as kernels
 from minibert_kernels import dispatch
 
-pytestmark = pytest.mark.skipif(not dispatch.interpreting(), reason="emulates bfloat16 in the interpreter")
+pytestmark = pytest.mark.skipif(not dispatch.interpreting(), reason="counts roundings of the interpreter")
 BITS = {torch.float16: 11, torch.bfloat16: 8}  # of a significand
 FINE = 2.0**-17  # of the largest value: what a sum of a thousand terms in float32 keeps, and one in float16 cannot
 NORM = {"x": (ROWS, COLS), "weight": (COLS,), "bias": (COLS,)}
@@ -35,9 +34,9 @@ CALLS = {
 def both(call, tensors, douts):
     """(ours, exact), by name."""
     kernel, reference = (partial(call.floating, backend) for backend in ("triton", "reference"))
-    with bfloat16():
-        ours = values_and_gradients(kernel, tensors, douts)
-    return ours, values_and_gradients(reference, widen(tensors), [d.double() for d in douts])
+    return values_and_gradients(kernel, tensors, douts), values_and_gradients(
+        reference, widen(tensors), [d.double() for d in douts]
+    )
 
 
 def assert_fine(ours, exact, name):
