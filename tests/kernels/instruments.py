@@ -67,10 +67,12 @@ def tensors_of(arguments):
 
 
 def extent(tensor):
-    """First byte, and byte past the last, of a tensor with any strides."""
-    reach = [(n - 1) * stride * tensor.element_size() for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    begin = tensor.data_ptr() + sum(r for r in reach if r < 0)
-    return begin, begin + sum(abs(r) for r in reach) + tensor.element_size()
+    """First byte, and byte past the last, that a kernel may touch: a contiguous tensor's own; of one with gaps, which an
+    op may have made to read whole vectors, those of its storage."""
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
 
 
 @dataclass
