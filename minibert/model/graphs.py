@@ -106,12 +106,19 @@ class Captured:
         outside, mode = torch.cuda.current_stream(self.graphs.device), torch.cuda.get_sync_debug_mode()
         self.graphs.stream.wait_stream(outside)
         try:
-            with torch.cuda.stream(self.graphs.stream), warnings.catch_warnings(action="ignore"):
-                torch.cuda.set_sync_debug_mode("error" if watched else mode)
+            with torch.cuda.stream(self.graphs.stream):
+                if watched:
+                    _set_sync_debug_mode("error")
                 self.work()
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
+            if watched:
+                _set_sync_debug_mode(mode)
         outside.wait_stream(self.graphs.stream)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings(action="ignore"):  # that it is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def check_paddable(model: nn.Module) -> None:

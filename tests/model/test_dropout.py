@@ -8,6 +8,8 @@ from small import build, gradients, mlm_labels, packed, padded
 
 from minibert.batch import IGNORE, Batch, pack
 from minibert.model import BertForPreTraining, BertForSequenceClassification, BertModel
+from minibert.model.context import site_seeds
+from minibert_kernels.philox import fold
 
 HEAVY = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.4}
 KIND = BertForPreTraining
@@ -143,3 +145,12 @@ def test_the_classifier_dropout_is_its_own():
     torch.testing.assert_close(mean, plain(batch).logits, rtol=0.1, atol=0.15)
     model = build(BertForSequenceClassification, train=True, classifier_dropout=0.0, **off)
     assert torch.equal(model(batch, seed=1).logits, plain(batch).logits)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40 + 3, 2**63 - 1])
+def test_the_seeds_of_the_sites_are_the_same_from_an_int_a_tensor_and_themselves(seed):
+    sites = site_seeds(seed, 38, "cpu")
+    assert sites.dtype == torch.int64 and len(set(sites.tolist())) == 38
+    assert sites.tolist() == [fold(seed, site) for site in range(38)]
+    assert torch.equal(sites, site_seeds(torch.tensor(seed), 38, "cpu"))
+    assert site_seeds(sites, 38, "cpu") is sites
