@@ -42,12 +42,13 @@ STAGES = {
     "kernels": 1.7,  # the table, varlen with dropout first
     "host": 0.3,  # what a call costs the CPU
     "train": 0.9,
-    "infer": 0.5,
-    "kernels-compiled": 0.5,  # and whoever needs torch.compile
+    "infer": 0.4,
+    "infer-one": 0.3,  # a text at a time
+    "kernels-compiled": 0.4,  # and whoever needs torch.compile
     "train-compiled": 0.6,
     "pretraining": 0.5,  # a loss curve
     "profile": 0.2,
-    "plans": 0.8,  # a search for better launch plans
+    "plans": 0.7,  # a search for better launch plans
 }
 CORRECTNESS = "correctness"
 VITAL = "environment"  # where it fails there is no GPU to go on with; it may take PATIENCE times its share
@@ -77,18 +78,18 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
     real = "bert-base --dtype bfloat16 --lengths half full " + SQUAD
     model = ["--backend", "triton", "--model", *(toy if dry else real).split()]
     kernels = ["--backend", "triton", "--dtype", *("float32 --tiny --rounds 2" if dry else "bfloat16").split()]
-    few = [
-        "--only",
-        "^minibert$|^transformers sdpa$" if dry else "^minibert(, padded call|, graphs)?$|sdpa(, masked rows)?$",
-    ]
+    few = "^minibert$|^transformers sdpa$" if dry else "^minibert(, padded call|, graphs)?$|sdpa(, masked rows)?$"
+    few = ["--only", few]
     eager = ["--only", "^((?!compiled|overhead|flex).)*$"]  # what compiles comes last
     compiled = ["--only", "^minibert$" if dry else "^minibert|sdpa$|compiled|overhead|flex"]
+    one = "--batch-size 1 --longest " + ("32" if dry else "128 --batches 8 --lengths full sst2_train")
     steps = [] if dry else ["--step-tokens", "16384"]
     commands = {
         "kernels": suite("kernels", *kernels, *eager),
         "host": suite("host") if find_spec("benchmarks.host") else None,
         "train": suite("train", *model, *([] if dry else ["--batches", "2"]), *few),
         "infer": suite("infer", *model, *([] if dry else ["--batch-size", "64", "--batches", "4"]), *few),
+        "infer-one": suite("infer-one", *model, *few, *one.split()),
         "kernels-compiled": suite("kernels-compiled", *kernels, *compiled),
         "train-compiled": suite("train-compiled", *model, "--lengths", "half", *compiled, *steps),
     }
