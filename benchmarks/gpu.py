@@ -50,6 +50,7 @@ STAGES = {
     "profile": 0.2,
     "plans": 0.7,  # a search for better launch plans
 }
+COMPILING = ("compile", "host")  # also in a dry run Triton's compiler is there, not its interpreter
 CORRECTNESS = "correctness"
 VITAL = "environment"  # where it fails there is no GPU to go on with; it may take PATIENCE times its share
 AGAIN = 15  # seconds without which a stage that lost its CUDA context is not started again
@@ -86,7 +87,7 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
     steps = [] if dry else ["--step-tokens", "16384"]
     commands = {
         "kernels": suite("kernels", *kernels, *eager),
-        "host": suite("host") if find_spec("benchmarks.host") else None,
+        "host": suite("host", *["--tiny", "--rounds", "2"] * dry),
         "train": suite("train", *model, *([] if dry else ["--batches", "2"]), *few),
         "infer": suite("infer", *model, *([] if dry else ["--batch-size", "64", "--batches", "4"]), *few),
         "infer-one": suite("infer-one", *model, *few, *one.split()),
@@ -94,7 +95,7 @@ def stages(folder: Path, dry: bool) -> list[Stage]:
         "train-compiled": suite("train-compiled", *model, "--lengths", "half", *compiled, *steps),
     }
     made = {name: commands.get(name, own(name)) for name in STAGES}
-    return [Stage(name, STAGES[name], command) for name, command in made.items() if command]
+    return [Stage(name, STAGES[name], command) for name, command in made.items()]
 
 
 def own_command(name: str, folder: Path, dry: bool) -> list[str]:
@@ -178,7 +179,7 @@ def run_stages(plan: list[Stage], results: list[dict], folder: Path, end: float,
         share = stage.minutes / sum(later.minutes for later in plan[index:])
         start, cached, outcome = time.perf_counter(), kernels_in(environment), "interrupted"
         limit = max(end - start, 0) * share * (PATIENCE if stage.name == VITAL else 1)
-        own = {"STAGE_SECONDS": str(round(limit))} | ({"TRITON_INTERPRET": "0"} if stage.name == "compile" else {})
+        own = {"STAGE_SECONDS": str(round(limit))} | ({"TRITON_INTERPRET": "0"} if stage.name in COMPILING else {})
         shutil.rmtree(folder / stage.name, ignore_errors=True)  # of an earlier run
         (folder / stage.name).mkdir()
         try:

@@ -44,9 +44,7 @@ def test_what_is_right_comes_before_what_is_fast_and_the_shares_are_nine_minutes
     assert sum(gpu.STAGES.values()) == pytest.approx(gpu.MINUTES)
     said = gpu.shares(gpu.stages(tmp_path, True), 9)
     assert said.startswith("9 minutes: environment ") and said.index("train ") < said.index("plans ")
-    assert [stage.name for stage in gpu.stages(tmp_path, True)] == [
-        name for name in order if name != "host" or gpu.find_spec("benchmarks.host")
-    ]
+    assert [stage.name for stage in gpu.stages(tmp_path, True)] == order
 
 
 def test_the_first_line_says_what_is_missing_and_nothing_that_may_be_is_imported_before(tmp_path):
