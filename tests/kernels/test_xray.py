@@ -117,6 +117,27 @@ def test_code_is_printed(tmp_path):
     assert "STG.E.128" in done.stdout
 
 
+def test_the_assembler_of_the_environment_is_the_one_that_is_named(tmp_path):
+    import triton
+
+    newer = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
+    code = "import json; from minibert_kernels._triton import compiler_versions; print(json.dumps(compiler_versions()))"
+    own = _triton.compiler_versions()
+    other = json.loads(python("-c", code, tmp_path=tmp_path, TRITON_PTXAS_PATH=str(newer)).stdout)
+    assert own["triton"] == triton.__version__ and own["ptxas"] != own["ptxas-blackwell"]
+    assert other == own | {"ptxas": own["ptxas-blackwell"]}
+
+
+def test_info_and_records_name_what_compiles(capsys):
+    from benchmarks.measure import machine
+    from minibert.cli import main
+
+    versions = _triton.compiler_versions()
+    assert main(["info", "--json"]) == 0
+    assert versions.items() <= json.loads(capsys.readouterr().out).items()
+    assert versions.items() <= machine()["versions"].items()
+
+
 def test_a_broken_limit_is_named_and_the_exit_code_says_so(tmp_path):
     strict = LIMITS | {"limits": LIMITS["limits"] | {"bytes_over_minimum": 0.5}}
     (tmp_path / "strict.json").write_text(json.dumps(strict))
