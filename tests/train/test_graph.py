@@ -137,7 +137,7 @@ class Ops(Watch):
 
 
 def work_on_meta(batches, optimizer="bertadam", change=lambda model: None, reads=None):
-    """Two steps on the meta device, where nothing has a value to ask for; then what would be captured, op by op."""
+    """A step on the meta device, where nothing has a value to ask for; then what would be captured, op by op."""
     model, reads = meta_twin(make_model("pretraining")).train(), reads or HostReads()
     change(model)
     made = OPTIMIZERS[optimizer](model, 1e-3)
@@ -145,9 +145,8 @@ def work_on_meta(batches, optimizer="bertadam", change=lambda model: None, reads
     step = GraphedStep(model, made, make_config(optimizer=optimizer), {})
     with reads:
         step.begin(batches[0], SHARE)
-        for number in range(2):
-            step.gradients(number, batches, [SHARE] * len(batches))
-            step.update(1e-3)
+        step.gradients(0, batches, [SHARE] * len(batches))
+        step.update(1e-3)
     with Ops() as ops:
         for slot in step.slots.values():
             slot._backward()
