@@ -30,7 +30,6 @@ SMALL = {  # what --tiny makes of a model
     "max_position_embeddings": 64,
 }  # fmt: skip
 SQUAD = "squad_v1.1_dev_question_context_pairs"
-RESULT = "result.json"
 NEEDED = ("torch", "triton", "numpy", "einops", "tokenizers", "safetensors", "pytest")
 WELCOME = ("transformers", "matplotlib", "flash_attn", "transformer_engine", "liger_kernel", "pynvml")
 MINUTES = 9.0
@@ -315,7 +314,7 @@ def compile_all(folder: Path, dry: bool) -> dict:
         return {"lines": [line, *failed]}
 
     command = own_command("compile-worker", folder, dry)
-    keep = lambda: shared_work.save(folder / RESULT, result())  # noqa: E731
+    keep = lambda: shared_work.save(folder / shared_work.RESULT, result())  # noqa: E731
     shared_work.run(command, folder, processes, shared_work.seconds_left(2), keep)
     return result()
 
@@ -346,11 +345,11 @@ def correct(folder: Path, dry: bool) -> dict:
     from .correctness import summary as groups
 
     command = own_command("correctness-worker", folder, dry)
-    keep = lambda: shared_work.save(folder / RESULT, groups(folder))  # noqa: E731
+    keep = lambda: shared_work.save(folder / shared_work.RESULT, groups(folder))  # noqa: E731
     shared_work.run(command, folder, 1 if dry else 4, shared_work.seconds_left(2), keep)
     found = groups(folder)
     if any(group["failed"] for group in found["groups"].values()):
-        shared_work.save(folder / RESULT, found)
+        shared_work.save(folder / shared_work.RESULT, found)
         raise SystemExit(1)
     return found
 
@@ -414,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code(run_all(folder, dry=args.dry_run, minutes=args.minutes))
     result = OWN[args.stage](folder, args.dry_run)
     if result is not None:
-        shared_work.save(folder / RESULT, result)
+        shared_work.save(folder / shared_work.RESULT, result)
         print("\n".join(result["lines"]))
     return 0
 

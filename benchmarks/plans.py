@@ -18,7 +18,7 @@ from torch import Tensor
 from minibert_kernels import attention, launch
 
 from .measure import alone_on_side_stream, on_device
-from .shared_work import save, seconds_left
+from .shared_work import RESULT, save, seconds_left
 
 GAIN = 0.98  # a plan has to take less than this share of the time of the one it replaces
 TILES = (16, 32, 64, 128)
@@ -148,5 +148,5 @@ def search(folder: Path, dry: bool) -> dict:
         lines += [f"    {key!r}: {pair!r},".replace("'", '"') for key, pair in found.items()]
         lines += [f"# {r['direction']} d={r['head_size']}: {1e6 * r['seconds_before']:.1f} to "
                   f"{1e6 * r['seconds']:.1f} µs" for r in rows]  # fmt: skip
-        save(folder / "plans.json", {"plans": rows, "lines": lines})
+        save(folder / RESULT, {"plans": rows, "lines": lines})
     return {"plans": rows, "lines": lines}

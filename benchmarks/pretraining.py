@@ -90,7 +90,7 @@ def run(folder: Path, dry: bool) -> dict:
         if step % every == 0:  # reading the loss waits for the device
             row = {"step": step, "seconds": time.perf_counter() - start}
             curve.append(row | {"loss": out.loss.item(), "mlm_loss": out.mlm_loss.item()})
-            shared_work.save(folder / "curve.json", {"curve": curve, "lines": [losses(curve)]})
+            shared_work.save(folder / shared_work.RESULT, {"curve": curve, "lines": [losses(curve)]})
     if device == "cuda":
         torch.cuda.synchronize()
     spent = time.perf_counter() - start

@@ -19,6 +19,7 @@ STARTED = time.perf_counter()  # this process, nearly
 LOST = 3  # exit code of a process that lost its CUDA context: another one can go on
 POLL = 0.2  # seconds between two looks at the processes
 CLAIMS, ROWS = "claims", "rows.jsonl"
+RESULT = "result.json"  # of a stage, also while it lasts
 
 
 def save(path: Path, record: object) -> None:

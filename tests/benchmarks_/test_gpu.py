@@ -26,6 +26,7 @@ def test_dry_run_goes_through_every_stage(tmp_path, capsys):
     }
     assert {name: found["outcome"] for name, found in outcomes.items()} == dict.fromkeys(outcomes, "ok")
     assert all(found["records"] for found in outcomes.values())
+    assert all(len(found["records"]) == 1 for found in outcomes.values())  # nothing is summed up twice
     assert outcomes["compile"]["compiled"] >= 6 and not outcomes["kernels"]["compiled"]
     groups = outcomes["correctness"]["records"]["result"]["groups"]
     assert groups and all(group["passed"] and not group["failed"] for group in groups.values())
