@@ -67,8 +67,8 @@ def tensors_of(arguments):
 
 
 def extent(tensor):
-    """First byte, and byte past the last, that a kernel may touch: a contiguous tensor's own; of one with gaps, which an
-    op may have made to read whole vectors, those of its storage."""
+    """First byte, and byte past the last, that a kernel may touch: a contiguous tensor's own; of one with gaps, which
+    an op may have made to read whole vectors, those of its storage."""
     if tensor.is_contiguous():
         return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     storage = tensor.untyped_storage()
