@@ -278,7 +278,7 @@ def run(
         print(code(sass if ptx is None else ptx, arch, "sass" if ptx is None else "ptx"))
         return 0
     limits, old = load_limits(limits or LIMITS), load_rows(diff_with) if diff_with else None
-    more = {a: launched_cases(launches(a).values(), a) for a in arch} if launches else {}
+    more = {a: launched_cases(launches(a), a) for a in arch} if launches else {}
     ops = counted_ops(case.op for a in arch for case in (*cases(a), *more.get(a, ())) if matches(case, only))
     if not ops:
         raise ValueError(f"only={only!r} matches no kernel")

@@ -22,7 +22,7 @@ from .linear_cross_entropy import aot_cases as cross_entropy_cases
 
 MODULES = (gelu, layer_norm, embedding, segment, packing, masking, lamb)
 CASES = (attention_cases, cross_entropy_cases, *(module.aot_cases for module in MODULES))
-LAUNCHED = ", launched"  # ends the label of a case that was recorded
+LAUNCHED = ", launched by "  # in the label of a case that was recorded
 CHUNK = 12  # kernels that a process compiles at once: the disassembler takes 0.2 s to start
 # what is kept of a kernel
 FACTS = (
@@ -50,20 +50,23 @@ def plan_of(label: str) -> str:
     return label.split(LAUNCHED)[0]
 
 
-def launched_cases(launches: Iterable[Launches], capability: int) -> list[AotCase]:
-    """The variants among recorded launches that are none of the `cases`, as cases named after the nearest of those."""
+def launched_cases(launches: dict[str, Launches], capability: int) -> list[AotCase]:
+    """The variants among recorded launches, by what made them, that are none of the `cases`: as cases of their own.
+
+    A label is that of the nearest of the `cases`, and who made the launch first.
+    """
     known = _every_case(capability)
     seen, labels, found = {_identity(case) for case in known}, Counter(), []
-    for variant in (variant for one in launches for variant in one.variants):
+    for by, variant in ((by, variant) for by, one in launches.items() for variant in one.variants):
         near = min((c for c in known if c.fn is variant.source.fn), key=lambda c: _distance(variant, c), default=None)
-        case = variant.case("unknown", "fwd", variant.kernel, False)
+        case = variant.case("unknown", "fwd", f"{variant.kernel}{LAUNCHED}{by}", False)
         if near:
-            case = variant.case(near.op, near.direction, near.label + LAUNCHED, near.matmul)
+            case = variant.case(near.op, near.direction, f"{near.label}{LAUNCHED}{by}", near.matmul)
         if _identity(case) not in seen:
             seen.add(_identity(case))
             name = (case.op, case.direction, case.label)
             labels[name] += 1
-            found.append(replace(case, label=f"{case.label} {labels[name]}") if labels[name] > 1 else case)
+            found.append(replace(case, label=f"{case.label} ({labels[name]})") if labels[name] > 1 else case)
     return found
 
 

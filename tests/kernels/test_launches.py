@@ -57,7 +57,7 @@ from minibert.profile.launches import step_launches
 from minibert_kernels import xray, xray_compile
 config = BertConfig.preset("bert-tiny", hidden_size=128, num_attention_heads=2, vocab_size=512)
 found = step_launches(config, mode="train", length=256, batch_size=4)
-cases = xray_compile.launched_cases([found], 90)
+cases = xray_compile.launched_cases({"train 256": found}, 90)
 known = {xray_compile._identity(case) for case in [*xray_compile.cases(90), *cases]}
 assert all(xray_compile._identity(v.case("", "", "", False)) in known for v in found.variants)
 names = [f"{case.op} {case.direction} {case.label}" for case in cases]
@@ -67,7 +67,7 @@ print(json.dumps({"kernels": sorted(found.by_kernel()), "names": names, "rows": 
     found = printed(code, tmp_path)
     assert {"_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_cross_entropy_kernel"} <= set(found["kernels"])
     assert len(set(found["names"])) == len(found["names"]) and not any("unknown" in name for name in found["names"])
-    assert found["rows"] and all(", launched" in plan for plan in found["rows"])
+    assert found["rows"] and all(", launched by train 256" in plan for plan in found["rows"])
 
 
 @pytest.mark.slow
