@@ -103,7 +103,7 @@ def _bias_act_bwd_kernel(
             value_bias = tl.load(bias_ptr + value_col, mask=in_row, other=0.0).to(tl.float32)[None, :]
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dvalue_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tile in range(strip, tl.cdiv(n_rows, BLOCK_M), strips):
+    for tile in tl.range(strip, tl.cdiv(n_rows, BLOCK_M), strips, num_stages=2):
         row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         in_tile = (row < n_rows)[:, None] & in_row[None, :]
         x = x_ptr + row[:, None] * stride_x_row + col[None, :] * stride_x_col
