@@ -11,9 +11,10 @@ Backward, with n = (total - mean) · rstd, dnorm = keep ⊙ dout / kept and g = 
     dword[k] = Σ_{t: ids[t] = k} dtotal[t], and so for the other two tables
 
 Bytes, in activation rows: forward gathers, and writes out (1); backward gathers, reads dout and writes dtotal (2).
-Then each table's gradient reads dtotal once more (`segment.py`): sorted sums without atomics. Saved: mean and rstd in
-float32; the sum is gathered again, the dropout mask is drawn again. dtotal has the dtype of the tables, as the gradient
-of a sum in torch has: in a 16-bit output's dtype it would cost float32 tables the precision that they are kept for.
+Then each table's gradient reads dtotal once more (`segment.py`): sums by one sort for all tables, without atomics.
+Saved: mean and rstd in float32; the sum is gathered again, the dropout mask is drawn again. dtotal has the dtype of the
+tables, as the gradient of a sum in torch has: in a 16-bit output's dtype it would cost float32 tables the precision
+that they are kept for.
 """
 
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from .layer_norm import centre_rows
 from .op import Op
 from .packing import check_index
 from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
-from .segment import segment_sum
+from .segment import segment_sums
 
 
 class Lookup(NamedTuple):
@@ -216,8 +217,9 @@ def _run_backward(
                 num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
             )  # fmt: skip
     tables = zip(wanted, (word, position, type), (ids, positions, type_ids), strict=True)
-    dtables = (segment_sum(dtotal, index, len(t)) if want else word.new_empty(0) for want, t, index in tables)
-    return *dtables, dparams.sum(1)
+    chosen = [(index, len(table)) for want, table, index in tables if want]
+    sums = iter(segment_sums(dtotal, *zip(*chosen, strict=True)) if chosen else ())
+    return *(next(sums) if want else word.new_empty(0) for want in wanted), dparams.sum(1)
 
 
 def _fake_backward(

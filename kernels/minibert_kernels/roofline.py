@@ -200,8 +200,11 @@ def kernel_work(op: str, direction: str, plan: str, length: int = LENGTH, heads:
         return Work(bytes=3 * 8)
     if op == "pack":  # beside a row, where it comes from; one column is of int64 ids
         return Work(bytes=8 + (16 if number["columns"] == 1 else 4 * number["columns"]))
-    if op == "segment_sum" and plan.startswith("runs"):  # written are as many rows as there are keys: not counted
-        return Work(bytes=16 + (2 if plan.endswith("bf16") else 4) * number["columns"])
+    if op == "segment_sum" and not plan.startswith("crossing"):
+        tables, key = (3, 2) if "three tables" in plan else (1, 4)
+        # written are as many rows as there are keys: not counted
+        row = 0 if plan.startswith("keys") else (2 if "bf16" in plan else 4) * number["columns"]
+        return Work(bytes=tables * (8 + key + row))
     if op in ROW_BYTES:
         width = ROW_BYTES[op][direction == "bwd"]
         if op == "dropout_add_norm" and "dropout" not in plan and direction == "bwd":

@@ -6,7 +6,7 @@ import torch
 from harness import DTYPES, LAYOUTS, arrange, check, repeat_with
 
 from minibert_kernels import dispatch, segment
-from minibert_kernels.segment import ROWS, STEP, segment_sum
+from minibert_kernels.segment import ROWS, STEP, segment_sum, segment_sums
 from minibert_kernels.traffic import counted
 
 
@@ -125,6 +125,22 @@ def test_the_order_of_rows_within_a_key_is_kept(device):
     assert torch.equal(segment_sum(x, keys, 3), segment_sum(x[shuffled], keys[shuffled], 3))
 
 
+@pytest.mark.parametrize("sizes", [(40, 7), (40, 7, 2), (1 << 15, 7, 2), (1, 1, 1), (40, 0, 2)])
+def test_several_tables_are_summed_with_one_sort(sizes, device, monkeypatch, poisoned):
+    x = torch.randn(3 * ROWS + 5, 37, device=device)
+    generator = torch.Generator().manual_seed(0)
+    # some before the table, and some where another table has its keys
+    keys = [torch.randint(-2, size + 3, (len(x),), generator=generator).to(device) for size in sizes]
+    alone = [segment_sum(x, *one) for one in zip(keys, sizes, strict=True)]
+    sorts, sort = [], torch.sort
+    monkeypatch.setattr(torch, "sort", lambda x, **options: sorts.append(x.dtype) or sort(x, **options))
+    together = segment_sums(x, keys, sizes)
+    assert sorts == [torch.int16 if sum(sizes) < 2**15 else torch.int32]
+    for ours, exact, one in zip(together, alone, zip(keys, sizes, strict=True), strict=True):
+        torch.testing.assert_close(ours, exact)
+        torch.testing.assert_close(ours, torch_sum(x, *one))
+
+
 def test_an_empty_table_or_no_rows(device):
     keys = torch.zeros(0, dtype=torch.int64, device=device)
     assert not segment_sum(torch.zeros(0, 7, device=device), keys, 3).any()
@@ -132,7 +148,7 @@ def test_an_empty_table_or_no_rows(device):
 
 
 @pytest.mark.skipif(not dispatch.interpreting(), reason="counts in the interpreter")
-@pytest.mark.parametrize("size", [2, 64, 1 << 14])
+@pytest.mark.parametrize("size", [2, 64, 1 << 14, 1 << 16])
 def test_each_row_is_read_once_and_each_sum_written_once(size):
     rows, cols = 512, 128
     x = torch.randn(rows, cols)
@@ -140,6 +156,7 @@ def test_each_row_is_read_once_and_each_sum_written_once(size):
     with counted() as traffic:
         segment_sum(x, keys, size)
     written = len(keys.unique()) * cols * 4
-    first, second = traffic.launches
+    prepared, first, second = traffic.launches
+    assert prepared <= 1.05 * 12 * rows
     assert first <= 1.05 * (x.nbytes + 16 * rows + written)
     assert second <= 1.1 * (x.nbytes / 32 + written)
