@@ -34,7 +34,7 @@ from .launch import (
     norm_plan,
 )
 from .op import Op
-from .philox import as_counters, as_seed, keep_scale, row_keep_tile, threshold
+from .philox import as_seed, keep_scale, row_keep_tile, threshold
 
 KINDS = ("layernorm", "rmsnorm")
 
@@ -57,7 +57,7 @@ def centre_rows(total, in_row, n_cols):
 @triton.jit(do_not_specialize=VARYING)
 def _dropout_add_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # [rows, cols] twice, [cols] twice; residual and bias may be None
-    seed_ptr, rows_ptr,                         # int64 scalar, int64 [rows]; read with DROPOUT only
+    seed_ptr, rows_ptr,                         # with DROPOUT only: int64 scalar, int64 [rows] or None for 0, 1, ...
     out_ptr, total_ptr, stats_ptr,              # [rows, cols] contiguous twice, fp32 [2, rows] or, for RMS, [1, rows]
     stride_x_row, stride_x_col, stride_residual_row, stride_residual_col,
     n_rows, n_cols, eps, threshold, scale,
@@ -72,7 +72,9 @@ def _dropout_add_norm_fwd_kernel(
     x = x_ptr + row[:, None] * stride_x_row + col[None, :] * stride_x_col
     total = tl.load(x, mask=in_tile, other=0.0).to(tl.float32)
     if DROPOUT:
-        counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
+        counter = row
+        if rows_ptr is not None:
+            counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
         keep = row_keep_tile(tl.load(seed_ptr), threshold, counter, BLOCK_M, BLOCK_N)
         total = tl.where(keep, total, 0.0) * scale
     if residual_ptr is not None:
@@ -144,7 +146,9 @@ def _dropout_add_norm_bwd_kernel(
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + offset, d.to(dresidual_ptr.dtype.element_ty), mask=in_tile)
         if DROPOUT:
-            counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
+            counter = row
+            if rows_ptr is not None:
+                counter = tl.load(rows_ptr + row, mask=in_rows, other=0)
             d = tl.where(row_keep_tile(seed, threshold, counter, BLOCK_M, BLOCK_N), d, 0.0) * scale
         tl.store(dx_ptr + offset, d.to(dx_ptr.dtype.element_ty), mask=in_tile)
     partial = dparams_ptr + program.to(tl.int64) * n_cols + col
@@ -164,6 +168,11 @@ def _backward_buffers(x, residual_dtype, dropout):
     """Uninitialised (dx, dresidual); dresidual is empty where it would equal dx."""
     separate = residual_dtype is not None and (dropout > 0.0 or residual_dtype != x.dtype)
     return x.new_empty(x.shape), x.new_empty(x.shape if separate else 0, dtype=residual_dtype or x.dtype)
+
+
+def _row_counters(rows, dropout):
+    """What the kernels read of `rows`: nothing where they count themselves, or draw nothing."""
+    return None if rows is None or dropout == 0.0 else rows.reshape(-1).contiguous()
 
 
 def _run_forward(
@@ -187,7 +196,7 @@ def _run_forward(
     with torch.cuda.device_of(x):
         _dropout_add_norm_fwd_kernel[(ceil_div(num_rows, plan.block_m),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(),
-            seed, as_counters(rows, num_rows, x.device) if dropout > 0.0 else None, out, total, stats,
+            seed, _row_counters(rows, dropout), out, total, stats,
             *x_strides, *residual_strides, num_rows, cols, eps, threshold(dropout), keep_scale(dropout),
             RMS=kind == "rmsnorm", DROPOUT=dropout > 0.0, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
             num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
@@ -224,7 +233,7 @@ def _run_backward(
     with torch.cuda.device_of(total):
         _dropout_add_norm_bwd_kernel[(programs,)](
             dout, dtotal, total, stats,
-            weight.contiguous(), seed, as_counters(rows, num_rows, total.device) if dropout > 0.0 else None,
+            weight.contiguous(), seed, _row_counters(rows, dropout),
             dx, dresidual if dresidual.numel() else None, dparams,
             *dout_strides, *dtotal_strides, *total_strides,
             num_rows, cols, threshold(dropout), keep_scale(dropout),

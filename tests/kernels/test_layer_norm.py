@@ -408,6 +408,7 @@ def test_batches_of_any_number_of_rows_run_the_same_code(device, monkeypatch):
     for rows in (1, 2, 16, 17, 4096, 4099):
         run(kernel, inputs(device, rows, 64), [torch.ones(rows, 64, device=device)], dropout=0.1)
     assert [recorder.variants() for recorder in recorders] == [1, 1]
+    assert not any(tensors["rows_ptr"] is not None for recorder in recorders for tensors in recorder.calls), "counted"
 
 
 def test_rows_too_wide_for_the_kernel_run_the_reference(device):
