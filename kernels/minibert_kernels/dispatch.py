@@ -5,8 +5,10 @@ instead of falling back; `"reference"` is always possible.
 """
 
 import logging
+import os
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -19,6 +21,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 log = logging.getLogger("minibert_kernels")
 # decided when Triton was imported; a constant, because torch.compile does not trace the reading of an environment
 _INTERPRETING = AVAILABLE and triton.knobs.runtime.interpret
+_CHECKED = os.environ.get("MINIBERT_CHECK") == "1"  # likewise
 
 
 def interpreting() -> bool:
@@ -84,6 +87,36 @@ def on_host(tensor) -> bool:
     # a tensor under a transform of torch.func may stand for many
     hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or posing()
     return type(tensor) is torch.Tensor and tensor.device.type == "cpu" and not hidden
+
+
+def check_sequences(cu_seqlens, num_rows, max_seqlen, *, from_zero=False) -> None:
+    """Raise the ValueError of borders int32 [B + 1] that go down, leave rows 0 .. num_rows, or are further apart than
+    max_seqlen. On a GPU that would wait for it, and is done with MINIBERT_CHECK=1 in the environment alone.
+
+    Args:
+        from_zero: the first border may be nothing else.
+    """
+    if not (on_host(cu_seqlens) or _CHECKED and _readable(cu_seqlens)):
+        return
+    borders = cu_seqlens.tolist()
+    if borders[0] < 0 or (from_zero and borders[0] > 0) or borders[-1] > num_rows:
+        least = "0" if from_zero else "at least 0"
+        raise ValueError(
+            f"cu_seqlens begins at {borders[0]} and ends at {borders[-1]}: expected {least}, and at most {num_rows}, "
+            "the rows there are"
+        )
+    lengths = [end - begin for begin, end in pairwise(borders)]
+    if min(lengths, default=0) < 0:
+        raise ValueError("cu_seqlens goes down: expected where each sequence begins, in order")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen={max_seqlen}: the longest sequence has {max(lengths)} tokens")
+
+
+def _readable(tensor):
+    """Whether a tensor's values can be looked at, if only after a wait for its device."""
+    if type(tensor) is not torch.Tensor or tensor.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_device(**tensors) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import check_device, use_triton
+from .dispatch import check_device, check_sequences, use_triton
 from .launch import AotCase, aot_arguments, masking_plan
 from .op import Op
 from .philox import as_seed, philox_tile
@@ -197,6 +197,7 @@ def mlm_mask(
         ValueError: names the argument that does not fit the others.
     """
     _check(ids, cu_seqlens, special, ordinary, rate, unit, continues, max_span, seed, seq_ids, epochs, num_labels)
+    check_sequences(cu_seqlens, len(ids), max_seqlen)
     unsupported = None
     if max_seqlen > MAX_LENGTH:
         unsupported = f"takes sequences of up to {MAX_LENGTH} tokens, got {max_seqlen}"

@@ -14,7 +14,7 @@ import torch
 
 from . import reference
 from ._triton import tl, triton
-from .dispatch import check_device, on_host, use_triton
+from .dispatch import check_device, check_sequences, on_host, use_triton
 from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div, gather_plan
 from .op import Op
 from .segment import segment_sum
@@ -140,16 +140,7 @@ def unpack(x, cu_seqlens, max_seqlen, *, backend="auto"):
     check_device(x=x, cu_seqlens=cu_seqlens)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen={max_seqlen}: expected the length of the longest sequence")
-    if on_host(cu_seqlens):
-        begin, end, lengths = int(cu_seqlens[0]), int(cu_seqlens[-1]), cu_seqlens.diff().tolist()
-        if begin != 0 or end > x.shape[0]:
-            raise ValueError(
-                f"cu_seqlens begins at {begin} and ends at {end}: expected 0, and at most {x.shape[0]}, the rows of x"
-            )
-        if min(lengths, default=0) < 0:
-            raise ValueError("cu_seqlens goes down: expected where each sequence begins, in order")
-        if max(lengths, default=0) > max_seqlen:
-            raise ValueError(f"max_seqlen={max_seqlen}: the longest sequence has {max(lengths)} tokens")
+    check_sequences(cu_seqlens, x.shape[0], max_seqlen, from_zero=True)
     if not use_triton("unpack", backend, x):
         return reference.unpack(x, cu_seqlens, max_seqlen)
     borders = cu_seqlens.long().contiguous()
