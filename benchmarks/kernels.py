@@ -115,7 +115,7 @@ BY_HAND = {
 def padded_attention(problem: Problem, tensors: Tensors, call: Callable) -> Bound:
     """`call(q, k, v, mask)` on [B, H, S, d]; the mask, true at keys, is None where nothing is padded."""
     borders, longest = tensors["cu_seqlens"], problem.options["max_seqlen"]
-    layout = SequenceLayout(borders, longest, len(tensors["q"]))
+    layout = SequenceLayout(borders, longest, len(tensors["q"]), whole=True)
 
     def inward(x):
         return layout.pad(x).transpose(1, 2).contiguous()

@@ -10,9 +10,13 @@ and dS, summed over the sequences and heads that share it, is the gradient of th
 
 In units of one activation row (T x H x d elements) forward moves 4: q, k, v in, the output out. Backward moves 8: q, k,
 v, output, its gradient in, three gradients out; plus what the long form's second kernel reads again. The short form
-moves 7, for it needs no output. There are two forms, chosen by the launch plan: `attention_short` for at most 128
-tokens a sequence, where a head's map is one tile, and `attention_long`. Neither has atomics: the same call gives the
-same bits.
+moves 7, for it needs no output. The three gradients lie in one buffer [T, 3, H, d], as those of a fused projection.
+
+Rows before the first sequence and after the last are zero, and so are their gradients: a few programs more than there
+are tiles fill them, and return at once where there are none.
+
+There are two forms, chosen by the launch plan: `attention_short` for at most 128 tokens a sequence, where a head's map
+is one tile, and `attention_long`. Neither has atomics: the same call gives the same bits.
 """
 
 import math
@@ -20,7 +24,6 @@ import math
 import torch
 
 from . import reference
-from ._triton import triton
 from .attention_long import (
     _attention_bwd_dbias_kernel,
     _attention_bwd_dkdv_kernel,
@@ -28,8 +31,8 @@ from .attention_long import (
     _attention_fwd_kernel,
 )
 from .attention_short import _attention_short_bwd_kernel, _attention_short_fwd_kernel
-from .attention_tile import SCHEDULE_TILE, Dropout, Terms
-from .dispatch import check_device, on_host, use_triton
+from .attention_tile import FILLERS, SCHEDULE_TILE, WIDEST, Dropout, Terms
+from .dispatch import check_device, check_floating, check_sequences, use_triton
 from .launch import (
     FP_FUSION,
     AotCase,
@@ -37,7 +40,10 @@ from .launch import (
     attention_plan,
     attention_short_plan,
     capability,
+    ceil_div,
+    on_device,
 )
+from .op import Op
 from .philox import as_seed, threshold
 
 MAX_HEAD_SIZE = 128
@@ -71,7 +77,7 @@ def _element_size(q):
 
 
 def _run(kernel, programs, plan, q, arguments, **blocks):
-    with torch.cuda.device_of(q):
+    with on_device(q):
         kernel[(programs,)](
             *arguments, HEAD_SIZE=q.shape[2], BLOCK_D=plan.block_d, **blocks,
             num_warps=plan.num_warps, num_stages=plan.num_stages, enable_fp_fusion=FP_FUSION,
@@ -84,17 +90,21 @@ def _run_long(kernel, direction, q, tensors, cu_seqlens, schedule, strides, max_
     bias = terms.bias_ptr is not None or terms.slopes_ptr is not None
     plan = attention_plan(head_size, _element_size(q), capability(q.device), max_seqlen, direction, bias)
     block = plan.block_n if direction == "dkdv" else plan.block_m
-    entries, tokens = (len(cu_seqlens) - 1, max_seqlen) if schedule is None else (len(schedule), SCHEDULE_TILE)
-    num_tiles = triton.cdiv(tokens, block)
-    arguments = *tensors, cu_seqlens, schedule, *strides, num_tokens, num_heads, num_tiles, terms, dropped
-    _run(kernel, entries * num_heads * num_tiles, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n)
+    entries, tokens = (cu_seqlens.shape[0] - 1, max_seqlen) if schedule is None else (schedule.shape[0], SCHEDULE_TILE)
+    num_tiles = ceil_div(tokens, block)
+    sizes, programs = (num_tokens, num_heads, num_tiles), entries * num_heads * num_tiles
+    if direction != "dkdv":  # which leaves what lies outside of all sequences to dq's kernel
+        sizes, programs = (*sizes, cu_seqlens.shape[0] - 1), programs + FILLERS
+    arguments = *tensors, cu_seqlens, schedule, *strides, *sizes, terms, dropped
+    _run(kernel, programs, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n)
 
 
 def _run_short(kernel, plan, q, tensors, cu_seqlens, strides, terms, dropped):
     """A kernel over every (sequence, head)."""
     num_tokens, num_heads, _ = q.shape
-    arguments = *tensors, cu_seqlens, *strides, num_tokens, num_heads, terms, dropped
-    _run(kernel, (len(cu_seqlens) - 1) * num_heads, plan, q, arguments, BLOCK_S=plan.block_m)
+    num_sequences = cu_seqlens.shape[0] - 1
+    arguments = *tensors, cu_seqlens, *strides, num_tokens, num_heads, num_sequences, terms, dropped
+    _run(kernel, num_sequences * num_heads + FILLERS, plan, q, arguments, BLOCK_S=plan.block_m)
 
 
 def _run_dbias(q, tensors, cu_seqlens, strides, max_seqlen, terms, dropped):
@@ -102,8 +112,8 @@ def _run_dbias(q, tensors, cu_seqlens, strides, max_seqlen, terms, dropped):
     num_tokens, num_heads, head_size = q.shape
     plan = attention_plan(head_size, _element_size(q), capability(q.device), max_seqlen, "dbias")
     batches, heads = tensors[-1].shape[:2]
-    programs = batches * heads * triton.cdiv(max_seqlen, plan.block_m) * triton.cdiv(max_seqlen, plan.block_n)
-    sizes = num_tokens, num_heads, len(cu_seqlens) - 1, batches, heads, max_seqlen
+    programs = batches * heads * ceil_div(max_seqlen, plan.block_m) * ceil_div(max_seqlen, plan.block_n)
+    sizes = num_tokens, num_heads, cu_seqlens.shape[0] - 1, batches, heads, max_seqlen
     arguments = *tensors, cu_seqlens, *strides, *sizes, terms, dropped
     _run(_attention_bwd_dbias_kernel, programs, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n)
 
@@ -116,14 +126,19 @@ def _groups(seq_ids, seed, score_bias, alibi_slopes, scale, dropout, left, right
             0 if n == 1 else stride for n, stride in zip(score_bias.shape, score_bias.stride(), strict=True)
         )
     terms = Terms(scale, alibi_slopes, score_bias, strides, None if left is None else (left, right))
-    return terms, Dropout(threshold(dropout), seed, seq_ids) if dropout > 0.0 else Dropout()
+    bound = threshold(dropout)
+    return terms, Dropout(bound, seed, seq_ids) if bound else Dropout()
 
 
-@torch.library.custom_op("minibert::attention_fwd", mutates_args=())
-def _forward(
+def _split(q, k, v):
+    """q, k, v, [T, H, d] each, of a fused projection too."""
+    return q.unbind(1) if k is None else (q, k, v)
+
+
+def _run_forward(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
     schedule: torch.Tensor | None,
     seq_ids: torch.Tensor | None,
@@ -136,9 +151,10 @@ def _forward(
     left: int | None,
     right: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _forward_buffers(q)
-    if q.numel() == 0 or len(cu_seqlens) == 1:
-        return out, lse
+    out, lse = _forward_buffers(q, score_bias)
+    if out.numel() == 0 or cu_seqlens.shape[0] == 1:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q, k, v = _split(q, k, v)
     tensors, strides = (q, k, v, out, lse), (q.stride(), k.stride(), v.stride())
     groups = _groups(seq_ids, seed, score_bias, alibi_slopes, scale, dropout, left, right)
     short = attention_short_plan(q.shape[2], _element_size(q), capability(q.device), max_seqlen, "fwd")
@@ -149,22 +165,19 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _(q, *_):
-    return _forward_buffers(q)
+def _forward_buffers(q, score_bias):
+    """Uninitialised out [T, H, d] and log-sum-exp [1, H, T], or, with a bias, its two summands [2, H, T]."""
+    tokens, heads, head_size = q.shape[0], q.shape[-2], q.shape[-1]
+    planes = 1 if score_bias is None else 2
+    return q.new_empty(tokens, heads, head_size), q.new_empty(planes, heads, tokens, dtype=torch.float32)
 
 
-def _forward_buffers(q):
-    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("minibert::attention_bwd", mutates_args=())
-def _backward(
+def _run_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -179,36 +192,36 @@ def _backward(
     left: int | None,
     right: int | None,
     bias_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv, dbias = _backward_buffers(q, k, v, score_bias, bias_gradient)
-    if q.numel() == 0 or len(cu_seqlens) == 1:
-        return dq, dk, dv, dbias.zero_()
-    dlse = None if dlse is None else dlse.contiguous()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grads, dbias = _backward_buffers(q, score_bias, bias_gradient)
+    if grads.numel() == 0 or cu_seqlens.shape[0] == 1:
+        return grads.zero_(), dbias.zero_()
+    q, k, v = _split(q, k, v)
+    dlse = None if dlse is None else dlse[0].contiguous()  # of the sum of both planes, and so the same of each
     strides = q.stride(), k.stride(), v.stride(), dout.stride()
     groups = _groups(seq_ids, seed, score_bias, alibi_slopes, scale, dropout, left, right)
     short = attention_short_plan(q.shape[2], _element_size(q), capability(q.device), max_seqlen, "bwd")
-    delta = torch.empty_like(lse) if short is None or bias_gradient else None
+    delta = torch.empty_like(lse[0]) if short is None or bias_gradient else None
     if short is not None:
-        tensors = q, k, v, dout, lse, dlse, dq, dk, dv, delta
+        tensors = q, k, v, dout, lse, dlse, grads, delta
         _run_short(_attention_short_bwd_kernel, short, q, tensors, cu_seqlens, strides, *groups)
     else:
         work = cu_seqlens, schedule, strides, max_seqlen, *groups
-        _run_long(_attention_bwd_dq_kernel, "dq", q, (q, k, v, out, dout, lse, dlse, dq, delta), *work)
-        _run_long(_attention_bwd_dkdv_kernel, "dkdv", q, (q, k, v, dout, lse, delta, dk, dv), *work)
+        _run_long(_attention_bwd_dq_kernel, "dq", q, (q, k, v, out, dout, lse, dlse, grads, delta), *work)
+        _run_long(_attention_bwd_dkdv_kernel, "dkdv", q, (q, k, v, dout, lse, delta, grads), *work)
     if bias_gradient:
         _run_dbias(q, (q, k, v, dout, lse, delta, dbias), cu_seqlens, strides, max_seqlen, *groups)
-    return dq, dk, dv, dbias
+    return grads, dbias
 
 
-@_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, cu_seqlens, schedule, seq_ids, seed, score_bias, *options):
-    return _backward_buffers(q, k, v, score_bias, options[-1])
+def _fake_backward(dout, dlse, q, k, v, out, lse, cu_seqlens, schedule, seq_ids, seed, score_bias, *options):
+    return _backward_buffers(q, score_bias, options[-1])
 
 
-def _backward_buffers(q, k, v, score_bias, bias_gradient):
-    """Uninitialised (dq, dk, dv, dbias); the last is empty where nobody asks for it."""
+def _backward_buffers(q, score_bias, bias_gradient):
+    """Uninitialised gradients of a fused projection, [T, 3, H, d], and of the bias, empty where nobody asks for it."""
     dbias = score_bias.new_empty(score_bias.shape) if bias_gradient else q.new_empty(0)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dbias
+    return q.new_empty(q.shape[0], 3, *q.shape[-2:]), dbias
 
 
 def _save(ctx, inputs, output):
@@ -221,13 +234,20 @@ def _save(ctx, inputs, output):
 def _gradient(ctx, dout, dlse):
     if dout is None and dlse is None:
         return (None,) * 14
-    dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
+    q, k, v, out, *rest = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
     bias_gradient = ctx.needs_input_grad[7]
-    dq, dk, dv, dbias = _backward(dout, dlse, *ctx.saved_tensors, *ctx.options, bias_gradient)
+    grads, dbias = _backward(dout, dlse, q, k, v, out, *rest, *ctx.options, bias_gradient)
+    # those of a fused projection in one piece, so that nothing is stacked or copied
+    dq, dk, dv = (grads, None, None) if k is None else grads.unbind(1)
     return dq, dk, dv, *(None,) * 4, dbias if bias_gradient else None, *(None,) * 6
 
 
-_forward.register_autograd(_gradient, setup_context=_save)
+_backward = Op("attention_bwd", _run_backward, _fake_backward)
+_forward = Op(
+    "attention_fwd", _run_forward, lambda q, k, v, cu_seqlens, schedule, seq_ids, seed, score_bias, *options:
+    _forward_buffers(q, score_bias), save=_save, gradient=_gradient,
+)  # fmt: skip
 
 
 def attention(
@@ -238,9 +258,12 @@ def attention(
     writing the map (Dao et al., 2022).
 
     Args:
-        q, k, v: [T, H, d], one dtype, any strides: views of a fused projection [T, 3, H, d] are read in place.
+        q, k, v: [T, H, d], one dtype, any strides. Or q is a fused projection [T, 3, H, d], and k and v are None: it is
+            read in place, and its gradient written in place, where q, k, v unbound from it would have theirs stacked.
             Under autocast they are cast to its dtype.
-        cu_seqlens: int32 [B + 1], where each sequence begins in T: from 0 to T, never read on the host.
+        cu_seqlens: int32 [B + 1], where each sequence begins in T, in order, and where the last ends. Looked at on the
+            host only where it is there already, or with MINIBERT_CHECK=1 in the environment. Rows before the first
+            sequence and after the last give zeros, an lse of -inf and zero gradients.
         max_seqlen: int, no less than the longest sequence; up to 128 the short form runs.
         dropout: probability in [0, 1), in steps of 1/256; survivors are divided by the exact kept fraction.
         seed: int, or one int64 on the device of q.
@@ -249,8 +272,8 @@ def attention(
         causal: a query sees no later key.
         window: a query sees keys at most this far away, on both sides.
         score_bias: [B or 1, H or 1, S, S] with S = max_seqlen, floating, any strides, added to the scaled scores; -inf
-            hides a key, and a query that sees no key gives zeros and an lse of -inf. It gets a gradient where it
-            asks for one.
+            hides a key, and a query that sees no key gives zeros and an lse of -inf. Finite values below -1e38 count
+            as that. It gets a gradient where it asks for one.
         alibi_slopes: float32 [H]: -slope · |i - j| is added to the scores of query i and key j (ALiBi, Press et al.,
             2022, in its symmetric form). A gradient of the slopes only by the reference.
         return_lse: return (out, lse) with the natural logarithm of each row's sum of exponentials, before dropout.
@@ -263,7 +286,7 @@ def attention(
     """
     if reference.under_autocast(q):
         dtype = reference.autocast_dtype(q)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        q, k, v = (None if x is None else x.to(dtype) for x in (q, k, v))
     _check(q, k, v, cu_seqlens, max_seqlen, dropout, seq_ids, window)
     _check_score_terms(q, cu_seqlens, max_seqlen, score_bias, alibi_slopes, schedule)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -273,42 +296,49 @@ def attention(
             q, k, v, cu_seqlens, max_seqlen, dropout=dropout, seed=seed, seq_ids=seq_ids, scale=scale, causal=causal,
             window=window, score_bias=score_bias, alibi_slopes=alibi_slopes, return_lse=return_lse,
         )  # fmt: skip
-    left = right = window
-    if causal:
-        left, right = max_seqlen if window is None else window, 0
+    # the kernels index these by number alone
     slopes = None if alibi_slopes is None else alibi_slopes.detach().contiguous()
     schedule = None if schedule is None else schedule.contiguous()
+    seq_ids = None if seq_ids is None else seq_ids.contiguous()
+    left = right = None if window is None else min(window, WIDEST)
+    if causal:
+        left, right = WIDEST if window is None else left, 0
     out, lse = _forward(
-        q, k, v, cu_seqlens, schedule, seq_ids, seed, score_bias, slopes, max_seqlen, scale, dropout, left, right
-    )
-    return (out, lse * math.log(2.0)) if return_lse else out
+        q, k, v, cu_seqlens.contiguous(), schedule, seq_ids, seed, score_bias, slopes, max_seqlen, scale, dropout,
+        left, right,
+    )  # fmt: skip
+    return (out, lse.sum(0) * math.log(2.0)) if return_lse else out
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen, dropout, seq_ids, window):
-    if q.ndim != 3 or q.shape[-1] == 0:
+    if k is None and v is None:
+        if q.ndim != 4 or q.shape[1] != 3 or q.shape[-1] == 0:
+            raise ValueError(f"q is {list(q.shape)}: expected [T, 3, H, d], a fused projection, where k and v are None")
+    elif q.ndim != 3 or q.shape[-1] == 0:
         raise ValueError(f"q is {list(q.shape)}: expected [T, H, d] with d of at least 1")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape or x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}: expected q's {q.dtype} {list(q.shape)}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+    else:
+        for name, x in (("k", k), ("v", v)):
+            if x is None or x.shape != q.shape or x.dtype != q.dtype:
+                found = None if x is None else f"{x.dtype} {list(x.shape)}"
+                raise ValueError(f"{name} is {found}: expected q's {q.dtype} {list(q.shape)}")
+    check_floating(q=q)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: expected int32 [B + 1]")
     if max_seqlen < min(q.shape[0], 1):
         raise ValueError(f"max_seqlen={max_seqlen}: expected the length of the longest sequence, at least 1")
-    if on_host(cu_seqlens) and len(cu_seqlens) > 1 and int(cu_seqlens.diff().max()) > max_seqlen:
-        raise ValueError(f"max_seqlen={max_seqlen}: the longest sequence has {int(cu_seqlens.diff().max())} tokens")
+    check_sequences(cu_seqlens, q.shape[0], max_seqlen)
     threshold(dropout)
     if window is not None and window < 0:
         raise ValueError(f"window={window} is negative: expected how many keys a query sees on each side, or None")
-    if seq_ids is not None and (seq_ids.dtype != torch.int64 or seq_ids.shape != (len(cu_seqlens) - 1,)):
-        raise ValueError(
-            f"seq_ids is {seq_ids.dtype} {list(seq_ids.shape)}: expected int64 [{len(cu_seqlens) - 1}], one a sequence"
-        )
+    batch = cu_seqlens.shape[0] - 1
+    if seq_ids is not None and (seq_ids.dtype != torch.int64 or seq_ids.shape != (batch,)):
+        raise ValueError(f"seq_ids is {seq_ids.dtype} {list(seq_ids.shape)}: expected int64 [{batch}], one a sequence")
     check_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, seq_ids=seq_ids)
 
 
 def _check_score_terms(q, cu_seqlens, max_seqlen, score_bias, alibi_slopes, schedule):
-    num_tokens, num_heads, _ = q.shape
-    batch = len(cu_seqlens) - 1
+    num_tokens, num_heads = q.shape[0], q.shape[-2]
+    batch = cu_seqlens.shape[0] - 1
     if score_bias is not None and not (
         score_bias.is_floating_point()
         and score_bias.ndim == 4
@@ -343,16 +373,20 @@ def _unsupported(q, scale, score_bias, alibi_slopes):
 
 
 def aot_cases(arch):
-    """The default launch plans in bfloat16 on a fused projection, for `xray`."""
-    everything = {"dropout": True, "extras": True}
-    for head_size in (16, 32, 64, 80, 128):  # 80 for all that are padded to 128: their code differs in a bound alone
-        for direction in ("fwd", "dq", "dkdv"):
-            yield _aot_case(arch, direction, head_size, dropout=True)
-            if head_size in (64, 128):
-                yield _aot_case(arch, direction, head_size)
-                yield _aot_case(arch, direction, head_size, **everything)
+    """The default launch plans in bfloat16 on a fused projection, for `xray`: what minibert's encoder launches in
+    training and inference, which orders long sequences by a schedule, a plain call, and one with every term."""
+    everything = {"dropout": True, "terms": "bias alibi band", "schedule": True}
+    for direction in ("fwd", "dq", "dkdv"):
+        for head_size in (16, 32, 64, 80, 128):  # 80 for all padded to 128: their code differs in a bound alone
+            yield _aot_case(arch, direction, head_size, dropout=True, schedule=True)
+        for head_size in (64, 128):
+            yield _aot_case(arch, direction, head_size, schedule=True)
+            yield _aot_case(arch, direction, head_size, **everything)
+        yield _aot_case(arch, direction, 64)
+        for terms in ("alibi", "causal"):
+            yield _aot_case(arch, direction, 64, dropout=True, terms=terms, schedule=True)
     for head_size in (64, 128):
-        yield _aot_case(arch, "dbias", head_size, **everything)
+        yield _aot_case(arch, "dbias", head_size, dropout=True, terms="bias alibi band")
     # a matrix instruction of sm_90 and sm_100 has 64 rows
     shortest = 64 if arch // 10 in (9, 10) else 32
     for head_size, length in ((32, 128), (64, shortest), (64, 128), (128, 128)):
@@ -360,35 +394,42 @@ def aot_cases(arch):
             if attention_short_plan(head_size, 2, arch, length, direction) is not None:
                 yield _aot_case(arch, direction, head_size, length, dropout=True)
                 if head_size == 64:
-                    yield _aot_case(arch, direction, head_size, length, **everything)
+                    yield _aot_case(arch, direction, head_size, length)
+                    yield _aot_case(arch, direction, head_size, length, dropout=True, terms="bias alibi band")
 
 
-def _aot_case(arch, direction, head_size, length=512, *, dropout=False, extras=False, dtype="*bf16"):
-    """What a launch would specialise; with extras all of bias, slopes, band and schedule are there."""
+def _aot_case(arch, direction, head_size, length=512, *, dropout=False, terms="", schedule=False, dtype="*bf16"):
+    """What a launch would specialise."""
     size = 2 if dtype == "*bf16" else 4
     short = length <= 128
     if short:
         plan = attention_short_plan(head_size, size, arch, length, direction)
     else:
-        plan = attention_plan(head_size, size, arch, length, direction, bias=extras)
+        plan = attention_plan(head_size, size, arch, length, direction, bias="alibi" in terms)
     fn = KERNELS["short " * short + direction]
     constexprs = {
         "HEAD_SIZE": head_size, "BLOCK_D": plan.block_d, "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n,
         "BLOCK_S": plan.block_m,
     }  # fmt: skip
-    terms = ("*fp32", dtype, (0, length * length, length, 1), (length, 2)) if extras else ()
     values = {
-        "cu_seqlens_ptr": "*i32", "schedule_ptr": "*i32" if extras else None, "lse_ptr": "*fp32", "dlse_ptr": None,
-        "delta_ptr": None if short else "*fp32", "terms": Terms(0.125, *terms),
-        "dropout": Dropout(26, "*i64") if dropout else Dropout(), "bias_batches": 1, "bias_heads": 12, "max_seqlen": length,
+        "cu_seqlens_ptr": "*i32", "schedule_ptr": "*i32" if schedule else None, "lse_ptr": "*fp32", "dlse_ptr": None,
+        "delta_ptr": None if short else "*fp32", "dropout": Dropout(26, "*i64", "*i64") if dropout else Dropout(),
     }  # fmt: skip
+    values["terms"] = Terms(
+        0.125,
+        slopes_ptr="*fp32" if "alibi" in terms else None,
+        bias_ptr=dtype if "bias" in terms else None,
+        bias_strides=(0, length * length, length, 1) if "bias" in terms else None,
+        band=(WIDEST, 0) if "causal" in terms else (length, 2) if "band" in terms else None,
+    )
     values |= {f"{name}_strides": (3 * 12 * head_size, head_size, 1) for name in ("q", "k", "v")}
     values |= {"dout_strides": (12 * head_size, head_size, 1)}
-    sizes = dict.fromkeys(("num_tokens", "num_heads", "num_tiles", "num_sequences"), 12)
+    sizes = dict.fromkeys((name for name in fn.arg_names if name.startswith("num_")), 12)
+    sizes |= {"bias_batches": 1, "bias_heads": 12, "max_seqlen": length}
     values = dict.fromkeys(fn.arg_names, dtype) | sizes | values | constexprs
     arguments = aot_arguments(fn, **{name: values[name] for name in fn.arg_names})
     label = ["" if direction in ("fwd", "bwd") else direction, f"short {length}" if short else "", f"d={head_size}"]
-    label += ["dropout"] * dropout + ["bias alibi band"] * extras + ["schedule"] * (extras and not short)
+    label += ["dropout"] * dropout + [terms] + ["schedule"] * schedule
     return AotCase(
         op="attention", direction="fwd" if direction == "fwd" else "bwd", label=" ".join(filter(None, label)), fn=fn,
         **arguments, num_warps=plan.num_warps, num_stages=plan.num_stages, matmul=True,

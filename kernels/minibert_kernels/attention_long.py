@@ -10,16 +10,21 @@ A program has a tile of a head, in the order of a schedule or of the sequences.
 
 from ._triton import tl, triton
 from .attention_tile import (
+    VARYING,
     base2,
+    fill_outside,
+    filler,
     inside,
     keep_scale,
     keep_tile,
     load_lse,
     locate,
-    logits_over_scale,
+    logits,
     pointers,
     slope_of,
     span,
+    store_lse,
+    unit,
 )
 
 
@@ -46,12 +51,11 @@ def _add_keys(
     k = tl.load(k_tile + (first + n0) * k_strides[0], mask=in_keys, other=0.0)
     v = tl.load(v_tile + (first + n0) * v_strides[0], mask=in_keys, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    scores = logits_over_scale(scores, terms, slope, seq, head, row[:, None], col[None, :], length, MASKED)
-    scale2 = base2(terms.scale)
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale2)
+    scores = logits(scores, terms, slope, seq, head, row[:, None], col[None, :], length, MASKED)
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * unit(terms))
     # a row that has seen no key yet: exp2(-inf - 0) is 0 where exp2(-inf + inf) is not a number
     shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    probs = tl.exp2(scores * scale2 - shift[:, None])
+    probs = tl.exp2(scores * unit(terms) - shift[:, None])
     shrink = tl.exp2(peak - shift)
     total = total * shrink + tl.sum(probs, 1)
     if dropout.seed_ptr is not None:
@@ -59,15 +63,21 @@ def _add_keys(
     return new_peak, total, tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr,  # [T, H, d]
-    out_ptr, lse_ptr,  # [T, H, d] contiguous, [H, T] fp32
+    out_ptr, lse_ptr,  # [T, H, d] contiguous, [1 or, with a bias, 2, H, T] fp32
     cu_seqlens_ptr, schedule_ptr,  # [B + 1], [T // 128 + B, 2] or None
     q_strides, k_strides, v_strides,  # of (token, head, dim)
-    num_tokens, num_heads, num_tiles, terms, dropout,
+    num_tokens, num_heads, num_tiles, num_sequences, terms, dropout,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if filler() >= 0:
+        fill_outside(out_ptr, 0.0, num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
+        for plane in range(num_heads if terms.bias_ptr is None else 2 * num_heads):
+            lse = lse_ptr + tl.cast(plane, tl.int64) * num_tokens
+            fill_outside(lse, float("-inf"), 1, cu_seqlens_ptr, num_sequences, num_tokens)
+        return
     seq, head, m0, first, length = locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK_M)
     if length == 0:
         return
@@ -81,8 +91,8 @@ def _attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, last = _keys_of(m0, length, terms.band, BLOCK_M, BLOCK_N)
-    # the tile that needs a mask comes first, outside of any loop: ptxas serialises the matrix products of two loops, one
-    # of them perhaps empty, that share an accumulator
+    # the tile that needs a mask comes first, outside of any loop: ptxas serialises the matrix products of two loops, of
+    # which one may be empty, that share an accumulator
     peak, total, acc = _add_keys(
         last, peak, total, acc, q, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
         dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=True,
@@ -94,16 +104,17 @@ def _attention_fwd_kernel(
         )  # fmt: skip
     if dropout.seed_ptr is not None:
         acc *= keep_scale(dropout)
-    total = tl.where(total == 0.0, 1.0, total)
     out_tile = pointers(out_ptr, (num_heads * HEAD_SIZE, HEAD_SIZE, 1), first + m0, head, BLOCK_M, BLOCK_D)
-    tl.store(out_tile, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=in_tile)
-    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + first + row, peak + tl.log2(total), mask=row < length)
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    statistics = head.to(tl.int64) * num_tokens + first + row
+    store_lse(lse_ptr, statistics, num_tokens, num_heads, peak, total, row < length, terms)
 
 
 @triton.jit
 def _add_to_dq(
-    n0, dq, q, dout, lse, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
-    dropout, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    n0, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope,
+    terms, dropout, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_M queries with that through BLOCK_N keys more."""
@@ -115,8 +126,8 @@ def _add_to_dq(
     v = tl.load(v_tile + (first + n0) * v_strides[0], mask=in_keys, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     dprobs = tl.dot(dout, tl.trans(v), input_precision="ieee")
-    scores = logits_over_scale(scores, terms, slope, seq, head, row[:, None], col[None, :], length, MASKED)
-    probs = tl.exp2(scores * base2(terms.scale) - lse[:, None])
+    scores = logits(scores, terms, slope, seq, head, row[:, None], col[None, :], length, MASKED)
+    probs = tl.exp2(scores * unit(terms) - peak[:, None] - rest[:, None])
     if dropout.seed_ptr is not None:
         ddropped = tl.where(keep, dprobs * keep_scale(dropout) - delta[:, None], -delta[:, None])
     else:
@@ -124,15 +135,18 @@ def _add_to_dq(
     return tl.dot((probs * ddropped).to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr,  # the last [H, T] fp32, of lse in base 2, or None
-    dq_ptr, delta_ptr,  # [T, H, d] contiguous, [H, T] fp32
+    grads_ptr, delta_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv; [H, T] fp32
     cu_seqlens_ptr, schedule_ptr,
     q_strides, k_strides, v_strides, dout_strides,
-    num_tokens, num_heads, num_tiles, terms, dropout,
+    num_tokens, num_heads, num_tiles, num_sequences, terms, dropout,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    if filler() >= 0:
+        fill_outside(grads_ptr, 0.0, 3 * num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
+        return
     seq, head, m0, first, length = locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK_M)
     if length == 0:
         return
@@ -147,7 +161,7 @@ def _attention_bwd_dq_kernel(
     if dlse_ptr is not None:
         delta -= base2(tl.load(dlse_ptr + statistics, mask=in_rows, other=0.0))
     tl.store(delta_ptr + statistics, delta, mask=in_rows)
-    lse = load_lse(lse_ptr + statistics, in_rows)
+    peak, rest = load_lse(lse_ptr, statistics, num_tokens, num_heads, in_rows, terms)
     q = tl.load(pointers(q_ptr, q_strides, own, head, BLOCK_M, BLOCK_D), mask=in_tile, other=0.0)
     k_tile = pointers(k_ptr, k_strides, 0, head, BLOCK_N, BLOCK_D)
     v_tile = pointers(v_ptr, v_strides, 0, head, BLOCK_N, BLOCK_D)
@@ -155,22 +169,23 @@ def _attention_bwd_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, last = _keys_of(m0, length, terms.band, BLOCK_M, BLOCK_N)
     dq = _add_to_dq(
-        last, dq, q, dout, lse, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
-        dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=True,
+        last, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope,
+        terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=True,
     )  # fmt: skip
     for n0 in range(begin, last, BLOCK_N):
         dq = _add_to_dq(
-            n0, dq, q, dout, lse, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
-            dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=terms.band is not None,
+            n0, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length,
+            slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=terms.band is not None,
         )  # fmt: skip
-    dq_tile = pointers(dq_ptr, strides, own, head, BLOCK_M, BLOCK_D)
-    tl.store(dq_tile, (dq * terms.scale).to(dq_ptr.dtype.element_ty), mask=in_tile)
+    dq_tile = pointers(grads_ptr, (3 * num_heads * HEAD_SIZE, HEAD_SIZE, 1), own, head, BLOCK_M, BLOCK_D)
+    tl.store(dq_tile, (dq * terms.scale).to(grads_ptr.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit
 def _add_to_dkdv(
-    m0, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, seq, head, n0, first, length,
-    slope, terms, dropout, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    m0, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens, num_heads, seq, head,
+    n0, first, length, slope, terms, dropout,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_N keys and values with those through BLOCK_M queries more."""
     row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
@@ -179,14 +194,13 @@ def _add_to_dkdv(
         keep = tl.trans(keep_tile(dropout, seq, head, m0, n0, BLOCK_M, BLOCK_N))
     q = tl.load(q_tile + (first + m0) * q_strides[0], mask=in_queries, other=0.0)
     dout = tl.load(dout_tile + (first + m0) * dout_strides[0], mask=in_queries, other=0.0)
-    lse = load_lse(lse_ptr + row, in_rows)
-    delta = tl.load(delta_ptr + row, mask=in_rows, other=0.0)
+    statistics = head.to(tl.int64) * num_tokens + first + row
+    peak, rest = load_lse(lse_ptr, statistics, num_tokens, num_heads, in_rows, terms)
+    delta = tl.load(delta_ptr + statistics, mask=in_rows, other=0.0)
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     # a key past the end has a row of its own here, which is not stored
-    scores = logits_over_scale(
-        scores, terms, slope, seq, head, row[None, :], col[:, None], length, MASKED=terms.band is not None
-    )
-    probs = tl.exp2(scores * base2(terms.scale) - lse[None, :])
+    scores = logits(scores, terms, slope, seq, head, row[None, :], col[:, None], length, MASKED=terms.band is not None)
+    probs = tl.exp2(scores * unit(terms) - peak[None, :] - rest[None, :])
     dprobs = tl.dot(v, tl.trans(dout), input_precision="ieee")
     if dropout.seed_ptr is not None:
         dscores = probs * tl.where(keep, dprobs * keep_scale(dropout) - delta[None, :], -delta[None, :])
@@ -197,10 +211,10 @@ def _add_to_dkdv(
     return tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr,  # [T, H, d] contiguous
+    grads_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv
     cu_seqlens_ptr, schedule_ptr,
     q_strides, k_strides, v_strides, dout_strides,
     num_tokens, num_heads, num_tiles, terms, dropout,
@@ -216,7 +230,6 @@ def _attention_bwd_dkdv_kernel(
     v = tl.load(pointers(v_ptr, v_strides, own, head, BLOCK_N, BLOCK_D), mask=in_tile, other=0.0)
     q_tile = pointers(q_ptr, q_strides, 0, head, BLOCK_M, BLOCK_D)
     dout_tile = pointers(dout_ptr, dout_strides, 0, head, BLOCK_M, BLOCK_D)
-    statistics = head.to(tl.int64) * num_tokens + first
     slope = slope_of(terms, head)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -226,22 +239,23 @@ def _attention_bwd_dkdv_kernel(
         end = tl.minimum(n0 + BLOCK_N + terms.band[0], length)
     last = (end - 1) // BLOCK_M * BLOCK_M
     dk, dv = _add_to_dkdv(
-        last, dk, dv, k, v, lse_ptr + statistics, delta_ptr + statistics, q_tile, dout_tile, q_strides, dout_strides,
+        last, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens, num_heads,
         seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     for m0 in range(begin, last, BLOCK_M):
         dk, dv = _add_to_dkdv(
-            m0, dk, dv, k, v, lse_ptr + statistics, delta_ptr + statistics, q_tile, dout_tile, q_strides, dout_strides,
+            m0, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens, num_heads,
             seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if dropout.seed_ptr is not None:
         dv *= keep_scale(dropout)
-    strides = (num_heads * HEAD_SIZE, HEAD_SIZE, 1)
-    tl.store(pointers(dk_ptr, strides, own, head, BLOCK_N, BLOCK_D), (dk * terms.scale).to(k.dtype), mask=in_tile)
-    tl.store(pointers(dv_ptr, strides, own, head, BLOCK_N, BLOCK_D), dv.to(v.dtype), mask=in_tile)
+    strides = (3 * num_heads * HEAD_SIZE, HEAD_SIZE, 1)
+    dk_tile = pointers(grads_ptr + num_heads * HEAD_SIZE, strides, own, head, BLOCK_N, BLOCK_D)
+    tl.store(dk_tile, (dk * terms.scale).to(k.dtype), mask=in_tile)
+    tl.store(dk_tile + num_heads * HEAD_SIZE, dv.to(v.dtype), mask=in_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _attention_bwd_dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     dbias_ptr,  # [bias_batches, bias_heads, S, S] contiguous
@@ -266,13 +280,13 @@ def _attention_bwd_dbias_kernel(
             q = tl.load(pointers(q_ptr, q_strides, first + m0, head, BLOCK_M, BLOCK_D), mask=in_queries, other=0.0)
             k = tl.load(pointers(k_ptr, k_strides, first + n0, head, BLOCK_N, BLOCK_D), mask=in_keys, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-            scores = logits_over_scale(
+            scores = logits(
                 scores, terms, slope_of(terms, head), seq, head, row[:, None], col[None, :], length, MASKED=True
             )
             statistics = head.to(tl.int64) * num_tokens + first + row
-            lse = load_lse(lse_ptr + statistics, row < length)
+            peak, rest = load_lse(lse_ptr, statistics, num_tokens, num_heads, row < length, terms)
             delta = tl.load(delta_ptr + statistics, mask=row < length, other=0.0)
-            probs = tl.exp2(scores * base2(terms.scale) - lse[:, None])
+            probs = tl.exp2(scores * unit(terms) - peak[:, None] - rest[:, None])
             v = tl.load(pointers(v_ptr, v_strides, first + n0, head, BLOCK_N, BLOCK_D), mask=in_keys, other=0.0)
             dout = pointers(dout_ptr, dout_strides, first + m0, head, BLOCK_M, BLOCK_D)
             dprobs = tl.dot(tl.load(dout, mask=in_queries, other=0.0), tl.trans(v), input_precision="ieee")

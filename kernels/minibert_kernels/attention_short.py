@@ -8,62 +8,89 @@ operand; dq therefore comes out of kᵀ · dSᵀ as [d, queries] and is stored t
 """
 
 from ._triton import tl, triton
-from .attention_tile import base2, inside, keep_scale, keep_tile, load_lse, logits_over_scale, pointers, slope_of, span
+from .attention_tile import (
+    VARYING,
+    base2,
+    fill_outside,
+    filler,
+    inside,
+    keep_scale,
+    keep_tile,
+    load_lse,
+    logits,
+    pointers,
+    slope_of,
+    span,
+    store_lse,
+    unit,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _attention_short_fwd_kernel(
     q_ptr, k_ptr, v_ptr,  # [T, H, d]
-    out_ptr, lse_ptr,  # [T, H, d] contiguous, [H, T] fp32
+    out_ptr, lse_ptr,  # [T, H, d] contiguous, [1 or, with a bias, 2, H, T] fp32
     cu_seqlens_ptr,  # [B + 1]
     q_strides, k_strides, v_strides,  # of (token, head, dim)
-    num_tokens, num_heads, terms, dropout,
+    num_tokens, num_heads, num_sequences, terms, dropout,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    if filler() >= 0:
+        fill_outside(out_ptr, 0.0, num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
+        for plane in range(num_heads if terms.bias_ptr is None else 2 * num_heads):
+            lse = lse_ptr + tl.cast(plane, tl.int64) * num_tokens
+            fill_outside(lse, float("-inf"), 1, cu_seqlens_ptr, num_sequences, num_tokens)
+        return
     seq, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     first, length = span(cu_seqlens_ptr, seq)
     if length == 0:
         return
     row = tl.arange(0, BLOCK_S)
     in_tile = inside(row, length, HEAD_SIZE, BLOCK_D)
+    if dropout.seed_ptr is not None:
+        keep = keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S)
     q = tl.load(pointers(q_ptr, q_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
     k = tl.load(pointers(k_ptr, k_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
     v = tl.load(pointers(v_ptr, v_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     slope = slope_of(terms, head)
-    scores = logits_over_scale(scores, terms, slope, seq, head, row[:, None], row[None, :], length, True)
-    scale2 = base2(terms.scale)
-    peak = tl.max(scores, 1) * scale2
+    scores = logits(scores, terms, slope, seq, head, row[:, None], row[None, :], length, True)
+    peak = tl.max(scores, 1) * unit(terms)
     # a row that sees no key: exp2(-inf - 0) is 0 where exp2(-inf + inf) is not a number
-    probs = tl.exp2(scores * scale2 - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+    probs = tl.exp2(scores * unit(terms) - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
     total = tl.sum(probs, 1)
-    total = tl.where(total == 0.0, 1.0, total)
     if dropout.seed_ptr is not None:
-        probs = tl.where(keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S), probs, 0.0)
-    out = tl.dot(probs.to(v.dtype), v, input_precision="ieee") / total[:, None]
+        probs = tl.where(keep, probs, dropout.zero)
+    out = tl.dot(probs.to(v.dtype), v, input_precision="ieee") / tl.where(total == 0.0, 1.0, total)[:, None]
     if dropout.seed_ptr is not None:
         out *= keep_scale(dropout)
     out_tile = pointers(out_ptr, (num_heads * HEAD_SIZE, HEAD_SIZE, 1), first, head, BLOCK_S, BLOCK_D)
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=in_tile)
-    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + first + row, peak + tl.log2(total), mask=row < length)
+    statistics = head.to(tl.int64) * num_tokens + first + row
+    store_lse(lse_ptr, statistics, num_tokens, num_heads, peak, total, row < length, terms)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _attention_short_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr,  # the last [H, T] fp32, of lse in base 2, or None
-    dq_ptr, dk_ptr, dv_ptr, delta_ptr,  # [T, H, d] contiguous; [H, T] fp32, or None where nobody reads it
+    grads_ptr, delta_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv; [H, T] fp32, or None where nobody reads it
     cu_seqlens_ptr,
     q_strides, k_strides, v_strides, dout_strides,
-    num_tokens, num_heads, terms, dropout,
+    num_tokens, num_heads, num_sequences, terms, dropout,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
+    if filler() >= 0:
+        fill_outside(grads_ptr, 0.0, 3 * num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
+        return
     seq, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     first, length = span(cu_seqlens_ptr, seq)
     if length == 0:
         return
     row = tl.arange(0, BLOCK_S)
     in_rows, in_tile = row < length, inside(row, length, HEAD_SIZE, BLOCK_D)
-    strides = (num_heads * HEAD_SIZE, HEAD_SIZE, 1)
+    strides = (3 * num_heads * HEAD_SIZE, HEAD_SIZE, 1)
+    dq_tile = pointers(grads_ptr, strides, first, head, BLOCK_S, BLOCK_D)
+    dk_tile = dq_tile + num_heads * HEAD_SIZE
     dout = tl.load(pointers(dout_ptr, dout_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
     statistics = head.to(tl.int64) * num_tokens + first + row
     q = tl.load(pointers(q_ptr, q_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
@@ -73,8 +100,9 @@ def _attention_short_bwd_kernel(
     # both [keys, queries]
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")
     slope = slope_of(terms, head)
-    scores = logits_over_scale(scores, terms, slope, seq, head, row[None, :], row[:, None], length, True)
-    probs = tl.exp2(scores * base2(terms.scale) - load_lse(lse_ptr + statistics, in_rows)[None, :])
+    scores = logits(scores, terms, slope, seq, head, row[None, :], row[:, None], length, True)
+    peak, rest = load_lse(lse_ptr, statistics, num_tokens, num_heads, in_rows, terms)
+    probs = tl.exp2(scores * unit(terms) - peak[None, :] - rest[None, :])
     # the sum is 1 but for the rounding of lse, which all of a row shares
     total = tl.sum(probs, 0)
     probs *= (1.0 / tl.where(total == 0.0, 1.0, total))[None, :]
@@ -85,7 +113,7 @@ def _attention_short_bwd_kernel(
     dv = tl.dot(dropped.to(dout.dtype), dout, input_precision="ieee")
     if dropout.seed_ptr is not None:
         dv *= keep_scale(dropout)
-    tl.store(pointers(dv_ptr, strides, first, head, BLOCK_S, BLOCK_D), dv.to(v.dtype), mask=in_tile)
+    tl.store(dk_tile + num_heads * HEAD_SIZE, dv.to(v.dtype), mask=in_tile)
     dprobs = tl.dot(v, tl.trans(dout), input_precision="ieee")
     if dropout.seed_ptr is not None:
         dprobs = tl.where(probs < 0.0, 0.0, dprobs * keep_scale(dropout))
@@ -97,7 +125,6 @@ def _attention_short_bwd_kernel(
         tl.store(delta_ptr + statistics, delta, mask=in_rows)
     dscores = (probs * (dprobs - delta[None, :])).to(q.dtype)
     dk = tl.dot(dscores, q, input_precision="ieee") * terms.scale
-    tl.store(pointers(dk_ptr, strides, first, head, BLOCK_S, BLOCK_D), dk.to(k.dtype), mask=in_tile)
+    tl.store(dk_tile, dk.to(k.dtype), mask=in_tile)
     dq = tl.dot(tl.trans(k), dscores, input_precision="ieee") * terms.scale  # [d, queries]
-    dq_tile = tl.trans(pointers(dq_ptr, strides, first, head, BLOCK_S, BLOCK_D))
-    tl.store(dq_tile, dq.to(q.dtype), mask=tl.trans(in_tile))
+    tl.store(tl.trans(dq_tile), dq.to(q.dtype), mask=tl.trans(in_tile))

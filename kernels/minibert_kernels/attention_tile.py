@@ -6,13 +6,20 @@ from ._triton import tl, triton
 from .philox import bytes_at_least, philox_tile
 
 SCHEDULE_TILE = 128  # tokens of an entry of `attention_schedule`
+WIDEST = 1 << 30  # keys on one side of a query: more than any sequence has, and sums with a token's number fit int32
+FILLERS = 16  # programs, after those that have a tile, that fill what lies outside of all sequences
+# values that change from batch to batch, and pointers to single values, make no new kernel
+VARYING = (
+    "cu_seqlens_ptr", "schedule_ptr", "dlse_ptr", "num_tokens", "num_heads", "num_tiles", "num_sequences", "max_seqlen",
+    "dropout",
+)  # fmt: skip
 
 
 class Terms(NamedTuple):
     """What makes logits of the products q kᵀ: scale · (product) + bias - slope · |i - j|, inside the band.
 
     slopes_ptr (fp32 [H]), bias_ptr with its strides of (sequence, head, query, key), and band, (keys to the left, keys
-    to the right), may be None.
+    to the right) of at most WIDEST, may be None.
     """
 
     scale: Any
@@ -23,10 +30,11 @@ class Terms(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """The byte threshold, the int64 seed in memory, or None without dropout, and the int64 [B] counters of the
-    sequences, or None for 0, 1, 2, ...
+    """The byte threshold, 1 to 255; the int64 seed in memory, or None without dropout; the int64 [B] counters of the
+    sequences, or None for 0, 1, 2, ...; and what stands for what is dropped.
 
-    A kernel tests members: a tuple that may itself be None does not compile in Triton 3.6.
+    A kernel tests members: a tuple that may itself be None does not compile in Triton 3.6. A zero that the compiler
+    knows would be selected after the conversion to 16 bits, for two instructions an element more.
     """
 
     threshold: Any = 0
@@ -70,6 +78,25 @@ def locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK: tl.constex
 
 
 @triton.jit
+def filler():
+    """The number of this program among the FILLERS, negative for one that has a tile."""
+    return tl.program_id(0) - (tl.num_programs(0) - 16)
+
+
+@triton.jit
+def fill_outside(ptr, value, row_size, cu_seqlens_ptr, num_sequences, num_tokens):
+    """A filler's share of the elements of [T, row_size] in rows before the first sequence and after the last."""
+    offset = tl.arange(0, 1024).to(tl.int64)
+    value = tl.full([1024], value, ptr.dtype.element_ty)
+    share, row_size = filler().to(tl.int64) * 1024, tl.cast(row_size, tl.int64)
+    begin, end = tl.load(cu_seqlens_ptr) * row_size, num_tokens * row_size
+    for i in range(share, begin, 16 * 1024):
+        tl.store(ptr + i + offset, value, mask=i + offset < begin)
+    for i in range(tl.load(cu_seqlens_ptr + num_sequences) * row_size + share, end, 16 * 1024):
+        tl.store(ptr + i + offset, value, mask=i + offset < end)
+
+
+@triton.jit
 def pointers(ptr, strides, token, head, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Addresses [ROWS, BLOCK_D] of one head, from `token` (int64) on."""
     row = tl.arange(0, ROWS).to(tl.int64)
@@ -94,8 +121,18 @@ def slope_of(terms, head):
 
 
 @triton.jit
-def logits_over_scale(products, terms, slope, seq, head, row, col, length, MASKED: tl.constexpr):
-    """Logits divided by the scale: the multiplication by it then merges into exp2's subtraction.
+def unit(terms):
+    """By what `logits` are to be multiplied, to be of base 2."""
+    if terms.bias_ptr is None:
+        return base2(terms.scale)
+    else:
+        return 1.0
+
+
+@triton.jit
+def logits(products, terms, slope, seq, head, row, col, length, MASKED: tl.constexpr):
+    """Logits divided by the scale: the multiplication by `unit` then merges into exp2's subtraction. With a bias they
+    are of base 2: a bias of the dtype's minimum over the scale would be infinite.
 
     Args:
         slope: of `slope_of`.
@@ -107,8 +144,10 @@ def logits_over_scale(products, terms, slope, seq, head, row, col, length, MASKE
     if terms.bias_ptr is not None:
         bias = terms.bias_ptr + seq.to(tl.int64) * terms.bias_strides[0] + head.to(tl.int64) * terms.bias_strides[1]
         bias += row.to(tl.int64) * terms.bias_strides[2] + col.to(tl.int64) * terms.bias_strides[3]
-        bias = tl.load(bias, mask=(row < length) & (col < length), other=0.0)
-        products += bias.to(tl.float32) * (1.0 / terms.scale)
+        bias = tl.load(bias, mask=(row < length) & (col < length), other=0.0).to(tl.float32)
+        # finite in base 2 too; -inf is left, which hides a key
+        bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, -1e38))
+        products = products * base2(terms.scale) + base2(bias)
     if MASKED:
         seen = col < length
         if terms.band is not None:
@@ -118,10 +157,30 @@ def logits_over_scale(products, terms, slope, seq, head, row, col, length, MASKE
 
 
 @triton.jit
-def load_lse(ptr, in_rows):
-    """Rows that do not exist, or see no key, get inf: their probabilities are exp2(x - inf) = 0."""
-    lse = tl.load(ptr, mask=in_rows, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def store_lse(ptr, statistics, num_tokens, num_heads, peak, total, in_rows, terms):
+    """The log-sum-exp of rows in base 2; with a bias its two summands in two planes, because next to a peak of -1e9 the
+    other is lost."""
+    total = tl.log2(tl.where(total == 0.0, 1.0, total))
+    if terms.bias_ptr is None:
+        tl.store(ptr + statistics, peak + total, mask=in_rows)
+    else:
+        tl.store(ptr + statistics, peak, mask=in_rows)
+        tl.store(ptr + num_heads.to(tl.int64) * num_tokens + statistics, total, mask=in_rows)
+
+
+@triton.jit
+def load_lse(ptr, statistics, num_tokens, num_heads, in_rows, terms):
+    """The two summands that `store_lse` wrote, the second 0 where it is in the first.
+
+    Rows that do not exist, or see no key, get inf: their probabilities are exp2(x - inf) = 0.
+    """
+    peak = tl.load(ptr + statistics, mask=in_rows, other=float("inf"))
+    peak = tl.where(peak == float("-inf"), float("inf"), peak)
+    if terms.bias_ptr is None:
+        return peak, tl.zeros_like(peak)
+    else:
+        plane = num_heads.to(tl.int64) * num_tokens
+        return peak, tl.load(ptr + plane + statistics, mask=in_rows, other=0.0)
 
 
 @triton.jit
@@ -134,11 +193,11 @@ def keep_tile(dropout, seq, head, row, col, ROWS: tl.constexpr, COLS: tl.constex
     rows = (row + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
     low, high = (seq_id & 0xFFFFFFFF).to(tl.uint32), ((seq_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = philox_tile(tl.load(dropout.seed_ptr), group.to(tl.uint32)[None, :], rows, low, high)
-    # 8 bits in one word, which changes threads; byte b of word w ends as bit 8 b + 7 - w % 2
-    even = (
-        bytes_at_least(w0, dropout.threshold) & 0x80808080 | (bytes_at_least(w2, dropout.threshold) & 0x80808080) >> 1
-    )
-    odd = bytes_at_least(w1, dropout.threshold) & 0x80808080 | (bytes_at_least(w3, dropout.threshold) & 0x80808080) >> 1
+    # bits of words 0 and 2, and of 1 and 3, in one word that changes threads: byte b of word w as bit 8 b + 7 - w // 2.
+    # in a tile of matrix instructions they belong to one thread each: the join keeps the compiler from drawing all four
+    # words in every thread that needs some of their bits
+    even = bytes_at_least(w0, dropout.threshold) | bytes_at_least(w2, dropout.threshold) >> 1
+    odd = bytes_at_least(w1, dropout.threshold) | bytes_at_least(w3, dropout.threshold) >> 1
     half, byte = tl.arange(0, 2), tl.arange(0, 4)
     bit = (1 << (byte[None, :] * 8 + 7 - half[:, None])).to(tl.uint32)[None, None, :, None, :]
     kept = tl.join(even, odd).reshape(ROWS, COLS // 16, 1, 2, 1)

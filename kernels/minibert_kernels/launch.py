@@ -6,6 +6,7 @@ prints the table to paste here, with the GPU and the date. `xray` compiles what 
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -65,6 +66,13 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
+def on_device(x):
+    """A context in which launches go to the GPU of x; none is entered where it is the current one, for 3 us."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
+
+
 def as_matrix(x, cols):
     """[..., cols] as [rows, cols] and its two strides; one stride between rows is needed to do so without a copy."""
     if x.ndim != 2:
@@ -110,27 +118,29 @@ def aot_arguments(fn: Callable, **values) -> dict:
     """
     signature, constexprs, attrs = {}, {}, {}
 
-    def kind(value, place):
+    def kind(value, place, special):
         """The type of an argument, which a tuple nests; what is known of it goes into constexprs and attrs."""
         if isinstance(value, tuple):
-            parts = [kind(part, (*place, i)) for i, part in enumerate(value)]
+            parts = [kind(part, (*place, i), special) for i, part in enumerate(value)]
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if value is None or (type(value) is int and value == 1):
+        if value is None or (special and type(value) is int and value == 1):
             constexprs[place] = value
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
-        if isinstance(value, str) or value % 16 == 0:
+        if special and (isinstance(value, str) or value % 16 == 0):
             attrs[place] = [["tt.divisibility", 16]]
         return value if isinstance(value, str) else "i32"
 
+    # of a kernel, or of the interpreter's wrapper
+    varying = (fn.do_not_specialize if hasattr(fn, "do_not_specialize") else fn.kwargs["do_not_specialize"]) or ()
     # the function itself, which the interpreter's wrapper has too
     for index, (name, param) in enumerate(inspect.signature(fn.fn).parameters.items()):
         value = values.pop(name)
         if param.annotation is tl.constexpr:
             signature[name], constexprs[(index,)] = "constexpr", value
         else:
-            signature[name] = kind(value, (index,))
+            signature[name] = kind(value, (index,), name not in varying)
     assert not values, f"{fn.__name__} has no arguments {', '.join(values)}"
     return {"signature": signature, "constexprs": constexprs, "attrs": attrs}
 
@@ -253,12 +263,13 @@ ATTENTION_TILES = {
     ("sm_80", "dbias"): ((64, 32, 8), (64, 16, 8)),
     ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8)),
     ("sm_90", "dq"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_90", "dkdv"): ((64, 64, 4), (32, 64, 8)),
+    ("sm_90", "dkdv"): ((32, 64, 4), (32, 64, 8)),
     ("sm_90", "dbias"): ((64, 64, 8), (64, 64, 8)),
     ("sm_100", "fwd"): ((64, 64, 4), (128, 64, 8)),
     ("sm_100", "fwd bias"): ((64, 64, 4), (64, 64, 8)),
     ("sm_100", "dq"): ((64, 64, 4), (64, 64, 8)),
     ("sm_100", "dkdv"): ((64, 64, 4), (64, 64, 8)),
+    ("sm_100", "dkdv bias"): ((32, 64, 4), (64, 64, 8)),
     ("sm_100", "dbias"): ((64, 64, 8), (64, 64, 8)),
     ("float32", "fwd"): ((16, 32, 4), (16, 32, 8)),
     ("float32", "dq"): ((16, 32, 4), (16, 16, 8)),
@@ -291,15 +302,21 @@ def attention_plan(
     """
     chip = _attention_chip(element_size, capability)
     tiles = ATTENTION_TILES.get((chip, f"{direction} bias")) if bias else None
-    block_m, block_n, num_warps = (tiles or ATTENTION_TILES[chip, direction])[head_size > 64]
-    longest = _block(max_seqlen)
+    tiles = (tiles or ATTENTION_TILES[chip, direction])[head_size > 64]
+    return _cut(tiles, _block(max_seqlen), _block(head_size), 2 if element_size == 2 else 1)
+
+
+@cache  # by the tiles, which a search for better ones exchanges
+def _cut(tiles, longest, block_d, num_stages):
+    block_m, block_n, num_warps = tiles
     num_warps = num_warps if longest >= min(block_m, block_n) else 4
     return AttentionPlan(
-        block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=_block(head_size),
-        num_warps=num_warps, num_stages=2 if element_size == 2 else 1,
+        block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=block_d, num_warps=num_warps,
+        num_stages=num_stages,
     )  # fmt: skip
 
 
+@cache
 def attention_short_plan(
     head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str
 ) -> AttentionPlan | None:  # fmt: skip

@@ -38,12 +38,12 @@ def philox_tile(seed, c0, c1, c2, c3):
 
 @triton.jit
 def bytes_at_least(words, threshold):
-    """Four comparisons at once: bit 7 of each byte of uint32 words says whether the byte is at least the threshold, 1 to
-    255; the other bits are noise."""
+    """Four comparisons at once: bit 7 of each byte of uint32 words says whether the byte is at least the threshold, 1
+    to 255; the other bits are 0."""
     # byte + (256 - threshold) overflows: what bit 7 carries is the majority of its two summands and of what comes in
     low = (words & 0x7F7F7F7F) + ((256 - threshold) % 128 * 0x01010101).to(tl.uint32)
     high = ((threshold - 129) >> 31).to(tl.uint32)  # all ones where that is negative
-    return (words & low) | (high & (words | low))
+    return ((words & low) | (high & (words | low))) & 0x80808080
 
 
 @triton.jit

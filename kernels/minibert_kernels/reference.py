@@ -16,6 +16,7 @@ def attention(
     score_bias=None, alibi_slopes=None, return_lse=False, schedule=None,
 ):  # fmt: skip
     """See `minibert_kernels.attention`; a schedule changes no value."""
+    q, k, v = q.unbind(1) if k is None else (q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SequenceLayout(cu_seqlens, max_seqlen, q.shape[0])
     q, k, v = (layout.pad(x).transpose(1, 2) for x in (q, k, v))  # [B, H, S, d]
@@ -25,7 +26,9 @@ def attention(
     scores = q @ k.mT * scale + (0 if bias is None else bias)
     probs = scores.softmax(-1) if score_bias is None else softmax(scores)
     out = layout.unpad(((probs if dropout == 0.0 else drop_probs(probs, dropout, seed, seq_ids)) @ v).transpose(1, 2))
-    return (out, layout.unpad(log_sum_exp(scores).mT).mT.contiguous()) if return_lse else out
+    if not return_lse:
+        return out
+    return out, layout.unpad(log_sum_exp(scores).mT, float("-inf")).mT.contiguous()
 
 
 def attention_probs(
@@ -51,7 +54,9 @@ def log_sum_exp(scores):
     """Of the last axis, in float32 at least; -inf, with zero gradients, in a row that sees no key."""
     empty = scores.isneginf().all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0.0).to(torch.promote_types(scores.dtype, torch.float32))
-    return scores.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
+    # torch's logsumexp differentiates by exp(scores - itself), which next to a score of -1e9 has lost the sum
+    peak = scores.detach().amax(-1, keepdim=True) if scores.numel() else scores.detach().sum(-1, keepdim=True)
+    return ((scores - peak).exp().sum(-1).log() + peak[..., 0]).masked_fill(empty[..., 0], float("-inf"))
 
 
 def drop_probs(probs, dropout, seed, seq_ids=None):
@@ -66,14 +71,19 @@ class SequenceLayout:
     """Moves between packed [T, ...] and padded [B, S, ...] without waiting for a device.
 
     Tokens outside of the sequences go nowhere and come back as zeros.
+
+    Args:
+        whole: whether there are none; by default it is looked at where cu_seqlens is on the host.
     """
 
-    def __init__(self, cu_seqlens, max_seqlen, num_tokens):
+    def __init__(self, cu_seqlens, max_seqlen, num_tokens, whole=None):
         borders = cu_seqlens.long()
         starts, ends = borders[:-1], borders[1:]
         self.shape = (len(starts), max_seqlen)
         # where the host sees that every token is of a sequence, none has to be kept out
-        self.whole = on_host(cu_seqlens) and cu_seqlens[[0, -1]].tolist() == [0, num_tokens]
+        if whole is None:
+            whole = on_host(cu_seqlens) and cu_seqlens[[0, -1]].tolist() == [0, num_tokens]
+        self.whole = whole
         self.full = self.whole and num_tokens == len(starts) * max_seqlen
         index = torch.arange(max_seqlen, device=cu_seqlens.device)
         self.valid = index < (ends - starts)[:, None]  # [B, S]
@@ -93,15 +103,19 @@ class SequenceLayout:
         padded = x.new_zeros(slots if self.whole else slots + 1, *x.shape[1:])
         return padded.index_copy_(0, self.slot, x)[:slots].unflatten(0, self.shape)
 
-    def unpad(self, x):
+    def unpad(self, x, outside=0):
+        """The rows of tokens, and `outside` for those of no sequence."""
         x = x.flatten(0, 1)
         if not self.whole:
-            x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
+            x = torch.cat([x, x.new_full((1, *x.shape[1:]), outside)])
         return x if self.full else x[self.slot]
 
     def score_terms(self, dtype, causal, window, score_bias, alibi_slopes=None):
         """What is added to the scores: [B or 1, H or 1, S, S], -inf at keys out of sight; None if there is nothing."""
-        bias = None if score_bias is None else score_bias.to(dtype)
+        bias = score_bias
+        if bias is not None and bias.dtype != dtype:
+            least = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)  # a finite value stays finite
+            bias = torch.where(bias.isneginf(), bias, bias.clamp(min=least)).to(dtype)
         index = torch.arange(self.shape[1], device=self.valid.device)
         distance = index[None, :] - index[:, None]  # key - query
         if alibi_slopes is not None:

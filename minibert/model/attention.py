@@ -23,8 +23,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context, position: Position, maps: list[Tensor] | None = None) -> Tensor:
         """`maps`, where given, receives the attention map [B, H, S, S], before dropout."""
         batch = ctx.batch
-        q, k, v = rearrange(self.qkv(x), "t (three h d) -> three t h d", three=3, h=self.num_heads)
-        q, k = position.rotate(q, k, batch)
+        qkv = rearrange(self.qkv(x), "t (three h d) -> t three h d", three=3, h=self.num_heads)
+        # in one piece, where nothing happens to q and k alone, so that its gradient is written in one piece too
+        q, k, v = qkv, None, None
+        if position.rotates or maps is not None:
+            q, k, v = qkv.unbind(1)
+            q, k = position.rotate(q, k, batch)
         bias, slopes = position.score_bias(batch), position.slopes(batch)
         seen = {"score_bias": bias, "alibi_slopes": slopes, "causal": self.causal}
         if maps is not None:

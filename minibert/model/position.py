@@ -11,6 +11,7 @@ class Position(nn.Module):
     """Hooks: a table that the embeddings add, a rotation of queries and keys, a bias or slopes on the scores."""
 
     weight: Tensor | None  # [max_position_embeddings, D], added to the word embeddings
+    rotates = False
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -41,7 +42,7 @@ class Learned(Position):
 class Rotary(Position):
     """Queries and keys turned, pair by pair, by angles that grow with the position (Su et al., 2021): RoPE."""
 
-    base = 10_000.0
+    rotates, base = True, 10_000.0
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
