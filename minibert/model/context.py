@@ -30,20 +30,21 @@ class Context:
 
 
 def site_seeds(seed: int | Tensor | None, num_sites: int, device) -> Tensor:
-    """One int64 seed a dropout site.
+    """One int64 seed a dropout site: [num_sites, 2], of which the second column only keeps the first at multiples of 16
+    bytes, so that Triton compiles one kernel for all sites and not two.
 
     seed: an int, an int64 scalar, None to draw one from torch's generator; or what this returned, at an address that a
         CUDA graph reads.
     """
-    if isinstance(seed, Tensor) and seed.ndim == 1:
+    if isinstance(seed, Tensor) and seed.ndim == 2:
         return seed
     if seed is None:
         seed = torch.randint(2**62, ())
     if isinstance(seed, int) and not torch.compiler.is_compiling():
         # a hundred small operations: on so few numbers NumPy makes them in a tenth of torch's time
-        return torch.from_numpy(fold(seed, np.arange(num_sites))).to(device, non_blocking=True)
+        return torch.from_numpy(fold(seed, np.arange(num_sites)).repeat(2).reshape(-1, 2)).to(device, non_blocking=True)
     seed = torch.as_tensor(seed, dtype=torch.int64)
-    return fold(seed, torch.arange(num_sites, device=seed.device)).to(device, non_blocking=True)
+    return fold(seed, torch.arange(num_sites, device=seed.device))[:, None].repeat(1, 2).to(device, non_blocking=True)
 
 
 @dataclass(kw_only=True)

@@ -141,9 +141,8 @@ class Bert(nn.Module):
             schedule = attention_schedule(batch.cu_seqlens, batch.num_tokens)
         if not self.training:
             return Context(batch, self.backend, schedule=schedule)
-        return Context(
-            batch, self.backend, site_seeds(seed, self.dropout_sites, batch.input_ids.device), batch.rows, schedule
-        )
+        seeds = site_seeds(seed, self.dropout_sites, batch.input_ids.device)[:, 0]
+        return Context(batch, self.backend, seeds, batch.rows, schedule)
 
 
 class BertModel(Bert):
