@@ -117,7 +117,7 @@ def _dropout_add_norm_bwd_kernel(
     inverse = 1.0 / n_cols
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # 16 warps have 128 registers a thread: none for what is read ahead
+    # 16 warps have 128 registers a thread: none for what is read ahead, nor for two sums in one exchange
     for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=1 if BLOCK_N > 4096 else 2):
         row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         in_rows = row < n_rows
@@ -137,6 +137,8 @@ def _dropout_add_norm_bwd_kernel(
         g = dout * weight
         if RMS:
             d = g - n * (tl.sum(g * n, axis=1) * inverse)[:, None]
+        elif BLOCK_N > 4096:
+            d = g - n * (tl.sum(g * n, axis=1) * inverse)[:, None] - (tl.sum(g, axis=1) * inverse)[:, None]
         else:
             gn_mean, g_mean = tl.split(tl.sum(tl.join(g * n, g), axis=1) * inverse)
             d = g - n * gn_mean[:, None] - g_mean[:, None]
