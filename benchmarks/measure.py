@@ -205,7 +205,8 @@ def _difference(full: Callable[[], None], empty: Callable[[], None]) -> Sample:
         pairs = [[_between_events(replay) for replay in (full, empty)] for _ in range(PAIRS)]
     torch.cuda.synchronize()
     long, short = ([start.elapsed_time(end) for start, end in column] for column in zip(*pairs, strict=True))
-    return Sample(max(statistics.median(long) - statistics.median(short), 0.0) / DEVICE_CALLS / 1e3)
+    # of a call of a few microseconds the difference may be noise, and no longer than nothing: `figures` refuses it
+    return Sample((statistics.median(long) - statistics.median(short)) / DEVICE_CALLS / 1e3)
 
 
 def _launched(call: Callable[[], object], read: Callable[[], object]) -> Sample:
@@ -321,6 +322,8 @@ def reason(error: Exception) -> str:
 
 def figures(work: Work, taken: list[float], baseline: list[float] | None, peaks: Peaks) -> dict:
     """Seconds, ratio, rates and shares of the peaks; or `refused`, where a rate is above the roofline."""
+    if min([*taken, *(baseline or [])]) <= 0:
+        return {"refused": "a sample is not longer than the timer's noise"}
     median, low, high = spread(taken)
     row = {"seconds": median, "seconds_low": low, "seconds_high": high}
     for name, done, peak in (("matrix", work.flops, peaks.flops), ("bandwidth", work.bytes, peaks.bytes)):

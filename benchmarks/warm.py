@@ -35,11 +35,12 @@ def chip() -> tuple[int, int]:
 def compile_only() -> Iterator[list[str]]:
     """Launches compile and do not run: outputs hold what the memory held. The list gets what did not compile."""
     failed: list[str] = []
+    launches = None
     try:
         with recorded(*chip()) as launches:
             yield failed
     finally:
-        for variant in launches.variants:
+        for variant in launches.variants if launches else ():
             try:
                 compile_variant(variant)
             except Exception as error:

@@ -272,8 +272,8 @@ def attention(
         causal: a query sees no later key.
         window: a query sees keys at most this far away, on both sides.
         score_bias: [B or 1, H or 1, S, S] with S = max_seqlen, floating, any strides, added to the scaled scores; -inf
-            hides a key, and a query that sees no key gives zeros and an lse of -inf. Finite values below -1e38 count
-            as that. It gets a gradient where it asks for one.
+            hides a key, and a query that sees no key gives zeros and an lse of -inf. Values beyond 1e38 and
+            finite ones beyond -1e38 count as those. It gets a gradient where it asks for one.
         alibi_slopes: float32 [H]: -slope · |i - j| is added to the scores of query i and key j (ALiBi, Press et al.,
             2022, in its symmetric form). A gradient of the slopes only by the reference.
         return_lse: return (out, lse) with the natural logarithm of each row's sum of exponentials, before dropout.

@@ -146,7 +146,7 @@ def logits(products, terms, slope, seq, head, row, col, length, MASKED: tl.const
         bias += row.to(tl.int64) * terms.bias_strides[2] + col.to(tl.int64) * terms.bias_strides[3]
         bias = tl.load(bias, mask=(row < length) & (col < length), other=0.0).to(tl.float32)
         # finite in base 2 too; -inf is left, which hides a key
-        bias = tl.where(bias == float("-inf"), bias, tl.maximum(bias, -1e38))
+        bias = tl.where(bias == float("-inf"), bias, tl.minimum(tl.maximum(bias, -1e38), 1e38))
         products = products * base2(terms.scale) + base2(bias)
     if MASKED:
         seen = col < length

@@ -110,7 +110,9 @@ def _embed_norm_bwd_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     col = tl.arange(0, BLOCK_N).to(tl.int64)
     in_row = col < n_cols
-    weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    HELD: tl.constexpr = BLOCK_N <= 4096 or DROPOUT  # else 16 warps have no registers to hold it from tile to tile
+    if HELD:
+        weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for tile in range(program, tl.cdiv(n_rows, BLOCK_M), programs):
@@ -129,8 +131,10 @@ def _embed_norm_bwd_kernel(
         dweight += d * n
         dbias += d
         if dtotal_ptr is not None:
+            if not HELD:
+                weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
             d *= weight
-            d -= n * (tl.sum(d * n, axis=1) / n_cols)[:, None] + (tl.sum(d, axis=1) / n_cols)[:, None]
+            d = d - n * (tl.sum(d * n, axis=1) / n_cols)[:, None] - (tl.sum(d, axis=1) / n_cols)[:, None]
             dtotal = dtotal_ptr + row[:, None] * n_cols + col[None, :]
             tl.store(dtotal, (d * rstd).to(dtotal_ptr.dtype.element_ty), mask=in_tile)
     partial = dparams_ptr + program.to(tl.int64) * n_cols + col

@@ -219,9 +219,9 @@ class MaskingPlan:
 
 @cache
 def masking_plan(max_seqlen: int) -> MaskingPlan:
-    """The plan of `mlm_mask`: 8 tokens a thread."""
+    """The plan of `mlm_mask`: 8 tokens a thread, and more where 16 warps would have too few registers each."""
     log_block = max(max_seqlen - 1, 15).bit_length()
-    return MaskingPlan(log_block=log_block, num_warps=max(1 << log_block >> 8, 1))
+    return MaskingPlan(log_block=log_block, num_warps=min(max(1 << log_block >> 8, 1), 8))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,7 @@ ATTENTION_TILES = {
     ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8)),
     ("sm_80", "fwd bias"): ((64, 32, 4), (64, 64, 8)),
     ("sm_80", "dq"): ((64, 32, 4), (64, 32, 8)),
-    ("sm_80", "dkdv"): ((32, 64, 8), (32, 64, 8)),
+    ("sm_80", "dkdv"): ((32, 32, 4), (32, 64, 8)),
     ("sm_80", "dkdv bias"): ((32, 32, 4), (16, 32, 8)),
     ("sm_80", "dbias"): ((64, 32, 8), (64, 16, 8)),
     ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8)),
@@ -283,7 +283,7 @@ ATTENTION_SHORT_LENGTHS = {
     ("sm_90", "fwd"): (128, 128),
     ("sm_90", "bwd"): (128, 64),
     ("sm_100", "fwd"): (128, 128),
-    ("sm_100", "bwd"): (128, 64),
+    ("sm_100", "bwd"): (64, 64),
     ("float32", "fwd"): (32, 16),
     ("float32", "bwd"): (32, 16),
 }
@@ -327,9 +327,9 @@ def attention_short_plan(
         return None
     if direction == "bwd" and block_s >= 64:
         block_d = max(block_d, 64)  # it is the rows of dqᵀ: a matrix instruction of sm_90 and sm_100 has 64
-    return AttentionPlan(
-        block_m=block_s, block_n=block_s, block_d=block_d, num_warps=8 if block_s == 128 else 4, num_stages=1
-    )
+    # heads of 32 leave four warps the registers that eight spill for, on sm_100
+    num_warps = 8 if block_s == 128 and not (direction == "fwd" and block_d <= 32) else 4
+    return AttentionPlan(block_m=block_s, block_n=block_s, block_d=block_d, num_warps=num_warps, num_stages=1)
 
 
 def _attention_chip(element_size, capability):

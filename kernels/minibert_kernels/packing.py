@@ -124,14 +124,15 @@ def unpack(x, cu_seqlens, max_seqlen, *, backend="auto"):
 
     Args:
         x: [T, ...], any dtype, any stride between tokens; further axes that have no common stride are copied.
-        cu_seqlens: int32 [B + 1], where each sequence begins in T: from 0, never read on the host. Rows of x after
+        cu_seqlens: int32 [B + 1], where each sequence begins in T: from 0; looked at where it is on the CPU, or with
+            MINIBERT_CHECK=1 in the environment. Rows of x after
             the last sequence go nowhere, and their gradient is zero.
         max_seqlen: S, no less than the longest sequence.
         backend: "auto", "triton" or "reference".
     Returns:
         [B, S, ...] in x.dtype.
     Raises:
-        ValueError: names the argument that does not fit; on a GPU cu_seqlens is not looked at.
+        ValueError: names the argument that does not fit.
     """
     if x.ndim == 0:
         raise ValueError("x is []: expected [T, ...]")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from ..config import PRESETS, BertConfig
+from ..hub import DTYPES
 from ..model import BertForPreTraining, BertModel
 from ..profile import Options, profile_step, run_steps, synthetic_batch
 from ..profile.measure import check_tool
@@ -56,6 +57,8 @@ def profile(
     check_backend(backend, device)
     refuse_filled(out)
     network = network_of(model, arch, mode, backend, allow_pickle).to(device)
+    if mode == "infer":
+        network.to(DTYPES[options.dtype])
     sizes = {"batch_size": batch_size, "length": length, "fill": fill, "labels": mode == "train"}
     batch = synthetic_batch(network.config, network.objective, **sizes)
     if tool != "torch":

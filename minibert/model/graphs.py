@@ -150,10 +150,12 @@ class GraphPool:
         """The packed forward pass, in tensors of the caller's own.
 
         Raises:
-            ValueError: the model is in training mode, or the batch has targets.
+            ValueError: the model is in training mode, autocast is on, or the batch has targets.
         """
         if self.model.training:
             raise ValueError("the model is in training mode: call model.eval() first")
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError("autocast is on: a graph would read its casts after they are gone: cast the weights")
         if targets := batch.tensors().keys() - INPUTS:
             raise ValueError(f"the batch has {', '.join(sorted(targets))}: a pool takes batches without targets")
         if not 0 < batch.num_tokens <= self.max_tokens:

@@ -1,5 +1,7 @@
 """Losses of the task heads; the language-model loss is `minibert_kernels.linear_cross_entropy`."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,7 +76,16 @@ def class_weights(config: BertConfig, logits: Tensor) -> Tensor | None:
         return None
     if not isinstance(given, dict):
         raise ValueError(f"task_specific_params['class_weights']={given!r} is not a number for each label")
-    return logits.new_tensor([given.get(name, 1.0) for name in config.id2label])
+    weights = tuple(given.get(name, 1.0) for name in config.id2label)
+    if type(logits) is Tensor and logits.is_cuda and not torch.compiler.is_compiling():
+        return _constant(weights, logits.dtype, logits.device)
+    return logits.new_tensor(weights)
+
+
+@cache
+def _constant(values, dtype, device):
+    """On the device once and for all: to copy it waits for the device, which a CUDA graph cannot."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def label_smoothing(config: BertConfig) -> float:

@@ -17,6 +17,12 @@ OBJECTIVES = {"train": "BertForPreTraining", "infer": "BertModel"}
 GPU = {80: 108, 90: 132, 100: 148, 120: 170}  # multiprocessors of a typical GPU: what a persistent grid fills
 
 
+def _model(mode, config):
+    """With weights in bfloat16 for inference; training casts them under autocast."""
+    model = MODELS[OBJECTIVES[mode]](config)
+    return model.to(torch.bfloat16) if mode == "infer" else model
+
+
 def step_launches(
     config: BertConfig, *, mode: str, length: int, capability: int = 90, batch_size: int = 2, fill: float = 1.0
 ) -> Launches:
@@ -30,7 +36,7 @@ def step_launches(
     """
     objective = OBJECTIVES[mode]
     batch = synthetic_batch(config, objective, batch_size=batch_size, length=length, fill=fill, labels=mode == "train")
-    step = Step(MODELS[objective](config), batch, mode=mode, dtype="bfloat16")
+    step = Step(_model(mode, config), batch, mode=mode, dtype="bfloat16")
     with recorded(capability, GPU[capability]) as found, _no_products():
         step()
     return found
@@ -79,7 +85,7 @@ def variants_of_batches(mode: str, batches: int, *, capability: int = 90, seed: 
     config = BertConfig.preset(
         "bert-base", num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256, vocab_size=500
     )
-    model = MODELS[objective](config)
+    model = _model(mode, config)
     steps = []
     for _ in range(batches):
         length = draw.randint(33, 512)

@@ -37,8 +37,8 @@ PROBE = 64 << 20  # bytes of the copy that measures the memory: larger than any 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a step is and how often it runs. dtype bfloat16 is autocast in
-    training, and the weights' in inference. memory: keep every allocation, too.
+    """What a step is and how often it runs. dtype bfloat16 is autocast, which weights in bfloat16 go without. memory:
+    keep every allocation, too.
 
     compile: run the model under torch.compile; its modules then have no ranges of their own.
     Raises ValueError, naming field, value and what is expected.

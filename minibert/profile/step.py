@@ -86,8 +86,6 @@ class Step:
         self.device = next(model.parameters()).device
         self.half = dtype == "bfloat16"
         self.optimizer = OPTIMIZERS[optimizer](model, LR) if mode == "train" else None
-        if self.half and mode == "infer":
-            model.to(torch.bfloat16)
 
     def __call__(self) -> None:
         with self.mark("step"):
@@ -97,10 +95,11 @@ class Step:
     def autocast(self):
         if self.device.type == "meta":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+        narrow = next(self.model.parameters()).dtype != torch.float32  # weights that need no cast at each call
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half and not narrow)
 
     def infer(self) -> None:
-        with self.mark("forward"), torch.inference_mode():
+        with self.mark("forward"), torch.inference_mode(), self.autocast():
             self.model(self.batch.to(self.device))
 
     def train(self) -> None:

@@ -400,10 +400,10 @@ def test_the_loss_of_8192_tokens_takes_less_than_a_tenth_of_the_references_memor
 def test_a_captured_step_reads_nothing_on_the_host():
     tensors = inputs("cuda")
     tensors["labels"][::3] = -100
-    graph = torch.cuda.CUDAGraph()
     linear_cross_entropy(**tensors)
     torch.cuda.synchronize()
     for options in ({}, {"max_labels": 9}):
+        graph = torch.cuda.CUDAGraph()  # one holds one capture
         with torch.cuda.graph(graph):
             captured = linear_cross_entropy(**tensors, **options)
         graph.replay()

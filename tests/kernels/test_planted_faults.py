@@ -75,7 +75,7 @@ def architecture(capability, bias):
 
 FAULTS = {
     "a key past the end": Fault(
-        attention_tile.logits_over_scale, {"seen = col < length": "seen = col <= length"}, values("attention"), "error"
+        attention_tile.logits, {"seen = col < length": "seen = col <= length"}, values("attention"), "error"
     ),
     "the last partial tile is dropped in backward": Fault(
         gelu._bias_act_bwd_kernel, {"tl.cdiv(n_rows, BLOCK_M)": "n_rows // BLOCK_M"}, values("bias_gelu"), "error"
@@ -134,7 +134,7 @@ FAULTS = {
 
 
 NARROW = {"row[:, None] * n_cols": "row[:, None].to(tl.int32) * n_cols"}
-NARROW_KEY = {"out_ptr + key * n_cols": "out_ptr + key.to(tl.int32) * n_cols"}
+NARROW_KEY = {"key.to(tl.int64) * n_cols": "key.to(tl.int32) * n_cols"}
 
 
 def far_table(folder):
@@ -151,8 +151,7 @@ NARROW_FAULTS = [
     narrow(packing._gather_rows_kernel, NARROW, far_outputs("unpack")),
     narrow(embedding._embed_norm_fwd_kernel, NARROW, far_outputs("embed_norm")),
     narrow(embedding._embed_norm_bwd_kernel, NARROW, far_outputs("embed_norm")),
-    narrow(segment._segment_sum_kernel, NARROW_KEY, far_table),
-    narrow(segment._crossing_runs_kernel, NARROW_KEY, far_table),
+    narrow(segment._store_sum, NARROW_KEY, far_table),
     narrow(
         attention_tile.pointers, {"token * strides[0]": "token.to(tl.int32) * strides[0]"}, far_outputs("attention")
     ),

@@ -64,7 +64,7 @@ NORM = {"weight": (COLS,), "bias": (COLS,)}
 LONG_KERNELS = "_attention_fwd_kernel", "_attention_bwd_dq_kernel", "_attention_bwd_dkdv_kernel"
 SHORT_KERNELS = "_attention_short_fwd_kernel", "_attention_short_bwd_kernel"
 ACTIVATION_KERNELS = "_bias_act_fwd_kernel", "_bias_act_bwd_kernel"
-SEGMENT_KERNELS = "_segment_sum_kernel", "_crossing_runs_kernel"
+SEGMENT_KERNELS = "_keys_kernel", "_segment_sum_kernel", "_crossing_runs_kernel"
 WIDE = {
     "dropout_add_norm": wide(
         kernels.dropout_add_norm, {"x": (ROWS, COLS), "residual": (ROWS, COLS)} | NORM, dropout=0.3, seed=SEED,
