@@ -327,8 +327,9 @@ def attention_short_plan(
         return None
     if direction == "bwd" and block_s >= 64:
         block_d = max(block_d, 64)  # it is the rows of dqᵀ: a matrix instruction of sm_90 and sm_100 has 64
-    # heads of 32 leave four warps the registers that eight spill for, on sm_100
-    num_warps = 8 if block_s == 128 and not (direction == "fwd" and block_d <= 32) else 4
+    # on sm_100 eight warps spill where heads have 32, and four do elsewhere
+    few = chip == "sm_100" and direction == "fwd" and block_d <= 32
+    num_warps = 8 if block_s == 128 and not few else 4
     return AttentionPlan(block_m=block_s, block_n=block_s, block_d=block_d, num_warps=num_warps, num_stages=1)
 
 
