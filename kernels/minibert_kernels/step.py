@@ -103,8 +103,8 @@ def step_kernels(model: Model, length: int, arch: int, rows: Sequence = ()) -> l
         known = ("attention", direction, short) in compiled or not rows
         return [short] if length <= 128 and known else long
 
-    plans = [("attention", "attention", "fwd", plan) for plan in attention("fwd", [f"d={size} dropout"])]
-    long = [f"dq d={size} dropout", f"dkdv d={size} dropout"]
+    plans = [("attention", "attention", "fwd", plan) for plan in attention("fwd", [f"d={size} dropout schedule"])]
+    long = [f"dq d={size} dropout schedule", f"dkdv d={size} dropout schedule"]
     plans += [("attention", "attention", "bwd", plan) for plan in attention("bwd", long)]
     for direction in ("fwd", "bwd"):
         norm, gelu = f"{model.hidden} columns, dropout", f"{model.inner} columns"

@@ -358,12 +358,12 @@ def test_issue_slots_are_those_of_as_many_trips_as_the_work_needs():
 
 def test_a_step_s_kernels_are_the_compiled_ones_and_their_times_make_the_step_s():
     loop = {"instructions": 599, "mufu": 34, "flops": 1 << 18, "bytes": 64}
-    rows = [row(plan="d=64 dropout", code=loop, loops=[loop]),
+    rows = [row(plan="d=64 dropout schedule", code=loop, loops=[loop]),
             row(op="bias_gelu", plan="3072 columns", code=loop | {"flops": 0})]  # fmt: skip
     [found] = [r for r in step.step_rows(["bert-base"], [512], ["h200"], rows=rows) if r["variant"] == "minibert"]
     kernels = {k["kernel"]: k for k in found["kernels"]}
     assert {k["launches"] for k in kernels.values()} == {12, 24}
-    attention, gelu = kernels["attention fwd d=64 dropout"], kernels["bias_gelu fwd 3072 columns"]
+    attention, gelu = kernels["attention fwd d=64 dropout schedule"], kernels["bias_gelu fwd 3072 columns"]
     assert (attention["registers"], attention["loop"], attention["bound"]) == (168, 599, "issue")
     assert gelu["instructions"] > 0 and kernels["bias_gelu bwd 3072 columns"]["instructions"] is None
     assert sum(op["share"] for op in found["ops"].values()) == pytest.approx(1)
@@ -371,7 +371,7 @@ def test_a_step_s_kernels_are_the_compiled_ones_and_their_times_make_the_step_s(
     assert own == pytest.approx(found["ops"]["attention"]["share"] * found["step_us"])
     [plain] = [r for r in step.step_rows(["bert-base"], [512], ["h200"]) if r["variant"] == "minibert"]
     assert plain["mfu"] > found["mfu"], "instructions take time"
-    assert "attention fwd d=64 dropout" in step.step_text([found])
+    assert "attention fwd d=64 dropout schedule" in step.step_text([found])
 
 
 def test_lamb_s_time_is_that_of_all_parameters_and_the_loss_s_that_of_the_labelled_rows():
