@@ -577,8 +577,9 @@ def test_short_plans_hold_a_whole_sequence(capability, direction):
                     found += 1
     assert found >= 12
     assert attention_short_plan(64, 2, capability, 129, direction) is None
+    # on sm_100 its backward spills at 128 tokens without dropout
     assert (attention_short_plan(64, 2, capability, 128, direction) is None) == (
-        direction == "bwd" and capability // 10 not in (9, 10)
+        direction == "bwd" and capability // 10 != 9
     )
 
 
