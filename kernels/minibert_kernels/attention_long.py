@@ -26,6 +26,7 @@ from .attention_tile import (
     store_lse,
     unit,
 )
+from .jit import kernel
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _add_keys(
     return new_peak, total, tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr,  # [T, H, d]
     out_ptr, lse_ptr,  # [T, H, d] contiguous, [1 or, with a bias, 2, H, T] fp32
@@ -135,7 +136,7 @@ def _add_to_dq(
     return tl.dot((probs * ddropped).to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr,  # the last [H, T] fp32, of lse in base 2, or None
     grads_ptr, delta_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv; [H, T] fp32
@@ -211,7 +212,7 @@ def _add_to_dkdv(
     return tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     grads_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv
@@ -255,7 +256,7 @@ def _attention_bwd_dkdv_kernel(
     tl.store(dk_tile + num_heads * HEAD_SIZE, dv.to(v.dtype), mask=in_tile)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _attention_bwd_dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     dbias_ptr,  # [bias_batches, bias_heads, S, S] contiguous

@@ -7,7 +7,7 @@ the long form, S and dP are formed as [keys, queries], because on Hopper a trans
 operand; dq therefore comes out of kᵀ · dSᵀ as [d, queries] and is stored through transposed addresses.
 """
 
-from ._triton import tl, triton
+from ._triton import tl
 from .attention_tile import (
     VARYING,
     base2,
@@ -24,9 +24,10 @@ from .attention_tile import (
     store_lse,
     unit,
 )
+from .jit import kernel
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _attention_short_fwd_kernel(
     q_ptr, k_ptr, v_ptr,  # [T, H, d]
     out_ptr, lse_ptr,  # [T, H, d] contiguous, [1 or, with a bias, 2, H, T] fp32
@@ -70,7 +71,7 @@ def _attention_short_fwd_kernel(
     store_lse(lse_ptr, statistics, num_tokens, num_heads, peak, total, row < length, terms)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _attention_short_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr,  # the last [H, T] fp32, of lse in base 2, or None
     grads_ptr, delta_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv; [H, T] fp32, or None where nobody reads it

@@ -24,6 +24,7 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_floating, use_triton
+from .jit import kernel
 from .launch import (
     FP_FUSION,
     NORM_MAX_COLS,
@@ -34,6 +35,7 @@ from .launch import (
     ceil_div,
     multiprocessors,
     norm_plan,
+    on_device,
 )
 from .layer_norm import centre_rows
 from .op import Op
@@ -68,7 +70,7 @@ def _total(word, type, position, row, in_rows, col, in_tile):
     return total
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _embed_norm_fwd_kernel(
     word, type, position,          # Lookups; position may be None
     weight_ptr, bias_ptr,          # [cols] twice, bias may be None
@@ -99,7 +101,7 @@ def _embed_norm_fwd_kernel(
     tl.store(out_ptr + row[:, None] * n_cols + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _embed_norm_bwd_kernel(
     dout_ptr, mean_ptr, rstd_ptr,  # [rows, cols], fp32 [rows] twice
     word, type, position, weight_ptr, seed_ptr, rows_ptr,
@@ -172,7 +174,7 @@ def _run_forward(
     if num_rows == 0:
         return out, mean, rstd
     plan = norm_plan(cols, "fwd")
-    with torch.cuda.device_of(word):
+    with on_device(word):
         _embed_norm_fwd_kernel[(ceil_div(num_rows, plan.block_m),)](
             _lookup(word, ids), _lookup(type, type_ids), _lookup(position, positions),
             weight.contiguous(), None if bias is None else bias.contiguous(),
@@ -212,7 +214,7 @@ def _run_backward(
         programs = min(ceil_div(num_rows, plan.block_m), plan.programs_per_sm * multiprocessors(word.device))
         dparams = word.new_empty(2, programs, cols, dtype=torch.float32)
         dout, *dout_strides = as_matrix(dout, cols)
-        with torch.cuda.device_of(word):
+        with on_device(word):
             _embed_norm_bwd_kernel[(programs,)](
                 dout, mean, rstd, _lookup(word, ids), _lookup(type, type_ids), _lookup(position, positions),
                 weight.contiguous(), seed, as_counters(rows, num_rows, word.device) if dropout > 0.0 else None,

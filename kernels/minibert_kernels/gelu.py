@@ -14,7 +14,18 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_floating, use_triton
-from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, as_matrix, ceil_div, gelu_plan, multiprocessors
+from .jit import kernel
+from .launch import (
+    FP_FUSION,
+    VARYING,
+    AotCase,
+    aot_arguments,
+    as_matrix,
+    ceil_div,
+    gelu_plan,
+    multiprocessors,
+    on_device,
+)
 from .op import Op
 
 APPROXIMATE = {"none": "erf", "tanh": "tanh"}
@@ -64,7 +75,7 @@ def _act_and_slope(z, ACT: tl.constexpr):
     return z * share, slope
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _bias_act_fwd_kernel(
     x_ptr, bias_ptr, out_ptr,  # [rows, cols], or [rows, 2 cols] if GATED; as long or None; [rows, cols] contiguous
     stride_x_row, stride_x_col, n_rows, n_cols,
@@ -88,7 +99,7 @@ def _bias_act_fwd_kernel(
     tl.store(out_ptr + row[:, None] * n_cols + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _bias_act_bwd_kernel(
     dout_ptr, x_ptr, bias_ptr, dx_ptr,  # [rows, cols], as forward three times; dx contiguous
     dbias_ptr,                          # fp32 [strips, cols or 2 cols], None without bias
@@ -139,7 +150,7 @@ def _run_forward(x: torch.Tensor, bias: torch.Tensor | None, act: str, gated: bo
     cols = out.shape[-1]
     plan = gelu_plan(cols, "fwd")
     x, *strides = as_matrix(x, x.shape[-1])
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _bias_act_fwd_kernel[(ceil_div(len(x), plan.block_m), ceil_div(cols, plan.block_n))](
             x, None if bias is None else bias.contiguous(), out, *strides, len(x), cols,
             ACT=act, GATED=gated, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n,
@@ -166,7 +177,7 @@ def _run_backward(
     strips = max(1, plan.programs_per_sm * multiprocessors(x.device) // blocks)
     strips = min(strips, ceil_div(len(x), plan.block_m))
     dbias = x.new_empty(strips, 0 if bias is None else width, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _bias_act_bwd_kernel[(strips, blocks)](
             dout, x, None if bias is None else bias.contiguous(), dx, None if bias is None else dbias,
             *dout_strides, *x_strides, len(x), cols,

@@ -23,7 +23,8 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_floating, use_triton
-from .launch import FP_FUSION, AotCase, aot_arguments
+from .jit import kernel
+from .launch import FP_FUSION, AotCase, aot_arguments, on_device
 
 CHUNK = 16384  # elements of one tensor that a program updates
 BLOCK = 1024
@@ -83,7 +84,7 @@ def _direction(w, m, v, unbias1, unbias2, eps, weight_decay):
     return m * unbias1 / (tl.sqrt(v * unbias2) + eps) + weight_decay * w
 
 
-@triton.jit
+@kernel()
 def _lamb_moments_kernel(
     like_ptr, table_ptr,  # a parameter, for its dtype; int64 [6, n_tensors], see _table
     step_ptr, lr_ptr, partials_ptr,  # fp32 [n_tensors] or scalar, fp32 scalar, fp32 [2, chunks] with ADAPT
@@ -122,7 +123,7 @@ def _lamb_moments_kernel(
         tl.store(partials_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(u_square, 0))
 
 
-@triton.jit
+@kernel()
 def _lamb_update_kernel(
     like_ptr, table_ptr, step_ptr, lr_ptr, partials_ptr,
     n_tensors, stride_step, log_beta1, log_beta2, eps, weight_decay, trust_clip,  # trust_clip may be None
@@ -206,7 +207,7 @@ def _step(
         "ALIGNED": all(address % 16 == 0 for address in addresses), "TENSORS": triton.next_power_of_2(len(params)),
         "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": FP_FUSION,
     }  # fmt: skip
-    with torch.cuda.device_of(params[0]):
+    with on_device(params[0]):
         _lamb_moments_kernel[(chunks,)](
             *shared, *(1 - beta for beta in betas), *log_betas, eps, weight_decay, ADAPT=adapt, **options
         )

@@ -125,4 +125,5 @@ def recorded(capability: int, multiprocessors: int):
         compiler.compile = compile_
         for variant in found.variants:
             variant.source.fn.device_caches.pop(stub.device, None)
+            variant.source.fn.variants.clear()
             variant.source.fn.compile = compile_

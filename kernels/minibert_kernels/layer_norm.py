@@ -22,6 +22,7 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_floating, use_triton
+from .jit import kernel
 from .launch import (
     FP_FUSION,
     NORM_MAX_COLS,
@@ -32,6 +33,7 @@ from .launch import (
     ceil_div,
     multiprocessors,
     norm_plan,
+    on_device,
 )
 from .op import Op
 from .philox import as_seed, keep_scale, row_keep_tile, threshold
@@ -54,7 +56,7 @@ def centre_rows(total, in_row, n_cols):
     return tl.where(in_row, total - rest[:, None], 0.0), mean + rest
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _dropout_add_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # [rows, cols] twice, [cols] twice; residual and bias may be None
     seed_ptr, rows_ptr,                         # with DROPOUT only: int64 scalar, int64 [rows] or None for 0, 1, ...
@@ -100,7 +102,7 @@ def _dropout_add_norm_fwd_kernel(
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _dropout_add_norm_bwd_kernel(
     dout_ptr, dtotal_ptr, total_ptr, stats_ptr,  # [rows, cols] three times, the second or None; as forward
     weight_ptr, seed_ptr, rows_ptr,
@@ -196,7 +198,7 @@ def _run_forward(
     plan = norm_plan(cols, "fwd")
     x, *x_strides = as_matrix(x, cols)
     residual, *residual_strides = (None, 0, 0) if residual is None else as_matrix(residual, cols)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _dropout_add_norm_fwd_kernel[(ceil_div(num_rows, plan.block_m),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(),
             seed, _row_counters(rows, dropout), out, total, stats,
@@ -233,7 +235,7 @@ def _run_backward(
     dout, *dout_strides = as_matrix(dout, cols)
     total, *total_strides = as_matrix(total, cols)
     dtotal, *dtotal_strides = (None, 0, 0) if dtotal is None else as_matrix(dtotal, cols)
-    with torch.cuda.device_of(total):
+    with on_device(total):
         _dropout_add_norm_bwd_kernel[(programs,)](
             dout, dtotal, total, stats,
             weight.contiguous(), seed, _row_counters(rows, dropout),

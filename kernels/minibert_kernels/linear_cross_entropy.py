@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_floating, is_disabled, on_host, use_triton
-from .launch import FP_FUSION, AotCase, aot_arguments, cross_entropy_plan
+from .jit import kernel
+from .launch import FP_FUSION, AotCase, aot_arguments, cross_entropy_plan, on_device
 from .op import Op
 
 CHUNK_BYTES = 64 * 2**20
@@ -62,7 +63,7 @@ def _number_ahead(logits_ptr, bias_ptr, target, label, end, n_padded, BLOCK_N: t
     return tl.sum(ahead, 0)
 
 
-@triton.jit
+@kernel()
 def _cross_entropy_kernel(
     logits_ptr, bias_ptr,        # [rows, padded], replaced by dz · row_weight; [padded], -inf past n_cols, or None
     labels_ptr, row_weight_ptr,  # int64 [rows]; fp32 [rows] or None for 1
@@ -149,7 +150,7 @@ def _softmax_by_kernel(logits, bias, labels, row_weight, ignore_index, smoothing
     rows, cols = logits.shape
     losses, correct = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.bool)
     plan = cross_entropy_plan(cols)
-    with torch.cuda.device_of(logits):
+    with on_device(logits):
         _cross_entropy_kernel[(rows,)](
             logits, bias, labels.contiguous(), None if row_weight is None else row_weight.contiguous(), losses, correct,
             cols, logits.stride(0), ignore_index, smoothing or None,

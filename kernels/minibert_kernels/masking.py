@@ -21,7 +21,8 @@ import torch
 from . import reference
 from ._triton import tl, triton
 from .dispatch import check_device, check_sequences, use_triton
-from .launch import AotCase, aot_arguments, masking_plan
+from .jit import kernel
+from .launch import AotCase, aot_arguments, masking_plan, on_device
 from .op import Op
 from .philox import as_seed, philox_tile
 from .reference import UNITS, SequenceLayout, exact_labels, span_reach
@@ -62,7 +63,7 @@ def _last_needed(key, wanted, BITS: tl.constexpr):
     return tau
 
 
-@triton.jit(do_not_specialize=("n_tokens",))
+@kernel(varying=("n_tokens",))
 def _mlm_mask_kernel(
     ids_ptr, cu_seqlens_ptr, seq_ids_ptr, epochs_ptr, seed_ptr,  # int64 [T], int32 [B + 1], [B] or None twice, scalar
     special_ptr, continues_ptr, ordinary_ptr,  # bool [V], bool [V] or None, int64 [n]
@@ -151,7 +152,7 @@ def _run_forward(
     plan = masking_plan(max_seqlen)
     counters = (None if t is None else t.contiguous() for t in (seq_ids, epochs))
     tables = (None if t is None else t.contiguous() for t in (special, continues, ordinary))
-    with torch.cuda.device_of(ids):
+    with on_device(ids):
         # without fusion: rate * count is rounded before its rounding to an integer, as NumPy does
         _mlm_mask_kernel[(len(cu_seqlens) - 1,)](
             ids, cu_seqlens.contiguous(), *counters, seed, *tables, masked, labels,

@@ -13,14 +13,15 @@ indices.
 import torch
 
 from . import reference
-from ._triton import tl, triton
+from ._triton import tl
 from .dispatch import check_device, check_sequences, on_host, use_triton
-from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div, gather_plan
+from .jit import kernel
+from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div, gather_plan, on_device
 from .op import Op
 from .segment import segment_sum
 
 
-@triton.jit(do_not_specialize=("n_source", "n_inner", *VARYING))
+@kernel(varying=("n_source", "n_inner", *VARYING))
 def _gather_rows_kernel(
     x_ptr, index_ptr, out_ptr,  # [outer, inner, cols], int64 [rows] into outer * inner, [rows, cols] contiguous
     stride_x_outer, stride_x_inner, stride_x_col, n_source, n_inner, n_rows, n_cols,
@@ -52,7 +53,7 @@ def _run_forward(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor | N
     x = x.reshape(outer, inner, cols)
     plan = gather_plan(cols)
     programs = ceil_div(index.numel(), plan.block_m) * ceil_div(cols, plan.block_n)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _gather_rows_kernel[(programs,)](
             x, index.contiguous(), out, *x.stride(), outer * inner, max(inner, 1), index.numel(), cols,
             BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.num_warps, enable_fp_fusion=FP_FUSION,

@@ -15,7 +15,8 @@ row and table for keys and order, and two float32 rows a chunk at most.
 import torch
 
 from ._triton import tl, triton
-from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div
+from .jit import kernel
+from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div, on_device
 
 ROWS = 64  # of a chunk: all in flight at once, and few enough that as many runs cost little arithmetic
 STEP = 32  # chunks that the second kernel adds at a time
@@ -23,7 +24,7 @@ BLOCK = 1024  # keys a program writes
 VARYING = ("n_source", "second", "third", "size", *VARYING)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _keys_kernel(
     index_ptr, second_index_ptr, third_index_ptr,  # int64 [n_source]; the others may be None
     keys_ptr, n_source, second, third, size,       # [tables * n_source]; second and third: where their keys begin
@@ -61,7 +62,7 @@ def _store_sum(total, key, out_ptr, second_ptr, third_ptr, second, third, col, n
             tl.store(third_ptr + row - third.to(tl.int64) * n_cols, total, mask=in_row)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _segment_sum_kernel(
     x_ptr, keys_ptr, order_ptr,    # [n_source, cols], [rows] sorted, int64 [rows]: which key it was before the sort
     out_ptr, second_ptr, third_ptr, partial_ptr,  # tables of zeros; fp32 [chunks, 2, cols]: of the run before, after
@@ -97,7 +98,7 @@ def _segment_sum_kernel(
         key = tl.min(tl.where(wanted & (keys > key), keys, size), axis=0)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@kernel(varying=VARYING)
 def _crossing_runs_kernel(
     keys_ptr, partial_ptr, out_ptr, second_ptr, third_ptr, n_rows, n_cols, second, third, size,
     ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -152,7 +153,7 @@ def segment_sums(x, keys, sizes, dtype=None):
     block_n, chunks = _block_n(cols), ceil_div(num_rows, ROWS)
     blocks = ceil_div(cols, block_n)
     partial = x.new_empty(chunks, 2, cols, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         _keys_kernel[(ceil_div(num_source, BLOCK),)](
             *(index.contiguous() for index in keys), *absent, unsorted, num_source, second, third, size,
             BLOCK=BLOCK, num_warps=4, enable_fp_fusion=FP_FUSION,
