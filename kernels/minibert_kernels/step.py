@@ -29,10 +29,11 @@ def step_work(model: Model, length: int, variant: str, tokens: int = STEP_TOKENS
     rows = _fused_rows(f) if fused else _unfused_rows(f)
     work = {op: Work(bytes=model.layers * 2 * d * n) for op, n in rows.items()}
     work["attention"] = _attention_work(model, length, variant)
-    # forward and two products backward read and write an input and an output each
+    # forward and two products backward read and write an input and an output each; where x is a residual too, the
+    # product that makes its gradient begins with the residual's
     sizes = ((d, 3 * d), (d, d), (d, model.inner), (model.inner, d))
     work["matrix products"] = Work(
-        bytes=model.layers * 3 * sum(2 * (n + m) for n, m in sizes),
+        bytes=model.layers * (3 * sum(2 * (n + m) for n, m in sizes) + (2 * 2 * d if fused else 0)),
         flops=model.layers * 3 * sum(2 * n * m for n, m in sizes),
     )
     work["products of the head"] = Work(
@@ -46,9 +47,7 @@ def step_work(model: Model, length: int, variant: str, tokens: int = STEP_TOKENS
 
 
 def _fused_rows(f):
-    return {
-        FUSED_NORM: 2 * 8, FUSED_GELU: 5 * f, "sums of residual gradients": 2 * 3, "bias gradients": 5,
-    }  # fmt: skip
+    return {FUSED_NORM: 2 * 8, FUSED_GELU: 5 * f, "bias gradients": 5}
 
 
 def _unfused_rows(f):

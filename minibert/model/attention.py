@@ -7,6 +7,7 @@ from minibert_kernels import attention, attention_probs
 
 from ..config import BertConfig
 from .context import Context
+from .linear import Linear, project
 from .position import Position
 
 
@@ -17,13 +18,13 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.site = config.num_attention_heads, site
         self.dropout, self.causal = config.attention_probs_dropout_prob, config.causal
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, ctx: Context, position: Position, maps: list[Tensor] | None = None) -> Tensor:
         """`maps`, where given, receives the attention map [B, H, S, S], before dropout."""
         batch = ctx.batch
-        qkv = rearrange(self.qkv(x), "t (three h d) -> t three h d", three=3, h=self.num_heads)
+        qkv = rearrange(project(self.qkv, x, ctx), "t (three h d) -> t three h d", three=3, h=self.num_heads)
         # in one piece, where nothing happens to q and k alone, so that its gradient is written in one piece too
         q, k, v = qkv, None, None
         if position.rotates or maps is not None:

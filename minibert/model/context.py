@@ -1,6 +1,6 @@
 """What one forward pass carries along, and what it gives back."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ class Context:
     """The batch and the backend; where dropout acts, the seed of every site ([num_sites] int64) and `batch.rows`.
 
     schedule: the order in which attention's kernels take long sequences, one for all layers.
+    forks: tensors that a product has read, each with the one that is to stand for it as a residual.
     """
 
     batch: Batch
@@ -23,6 +24,15 @@ class Context:
     seeds: Tensor | None = None
     rows: Tensor | None = None
     schedule: Tensor | None = None
+    forks: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """x for the sum behind what has read it: from the product that read it, if there is one, see `Linear`."""
+        if not self.forks:
+            return x
+        found = [residual for source, residual in self.forks if source is x]
+        self.forks.clear()
+        return found[-1] if found else x
 
     def drop(self, p: float, site: int) -> dict:
         """The dropout arguments of a kernel call at `site`."""

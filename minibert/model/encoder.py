@@ -56,8 +56,10 @@ class PostNormBlock(nn.Module):
         self.ffn_norm = part("norm", NORMS, config, site + 2)
 
     def forward(self, x: Tensor, ctx: Context, position: Position, maps: list[Tensor] | None = None) -> Tensor:
-        x = self.attention_norm(self.attention(x, ctx, position, maps), ctx, residual=x)
-        return self.ffn_norm(self.ffn(x, ctx), ctx, residual=x)
+        y = self.attention(x, ctx, position, maps)
+        x = self.attention_norm(y, ctx, residual=ctx.residual(x))
+        y = self.ffn(x, ctx)
+        return self.ffn_norm(y, ctx, residual=ctx.residual(x))
 
 
 BLOCKS = {"post": PostNormBlock}

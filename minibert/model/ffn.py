@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibert_kernels import bias_geglu, bias_gelu, bias_swiglu
@@ -10,6 +9,7 @@ from minibert_kernels.dispatch import use_triton
 
 from ..config import BertConfig
 from .context import Context
+from .linear import Linear, product, project
 from .lora import LowRank
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -18,11 +18,11 @@ APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 def activated(op: Callable, linear: nn.Linear, x: Tensor, ctx: Context, **options) -> Tensor:
     """op(linear(x)): a kernel adds the bias itself and sums its gradient on the way, else the product does."""
     if use_triton(op.__name__, ctx.backend, x):
-        product = F.linear(x, linear.weight)
+        y = product(x, linear.weight, None, ctx)
         if isinstance(linear, LowRank):
-            product = product + linear.addition(x)
-        return op(product, linear.bias, **options, backend=ctx.backend)
-    return op(linear(x), None, **options, backend="reference")
+            y = y + linear.addition(x)
+        return op(y, linear.bias, **options, backend=ctx.backend)
+    return op(project(linear, x, ctx), None, **options, backend="reference")
 
 
 class MLP(nn.Module):
@@ -31,7 +31,7 @@ class MLP(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.approximate = APPROXIMATE[config.hidden_act]
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.up = Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -44,7 +44,7 @@ class GeGLU(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.approximate = APPROXIMATE[config.hidden_act]
-        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.up = Linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:

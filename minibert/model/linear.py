@@ -1,0 +1,142 @@
+"""A linear layer whose input goes on as a residual: in backward, one product adds the gradients of both ways."""
+
+import sys
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from minibert_kernels import reference
+from minibert_kernels.launch import posing
+
+from .context import Context
+
+WORTH = 2**22  # elements of x: below, a GPU adds two gradients sooner than the host has called a Function in Python
+
+
+class Linear(nn.Linear):
+    """nn.Linear; with the context of a block, x is a residual too: see `product`."""
+
+    def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
+        return super().forward(x) if ctx is None else product(x, self.weight, self.bias, ctx)
+
+
+def project(linear: nn.Module, x: Tensor, ctx: Context) -> Tensor:
+    """linear(x), by a `Linear` with `ctx`; whatever else may stand in its place knows no contexts."""
+    return linear(x, ctx) if isinstance(linear, Linear) else linear(x)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
+    """F.linear(x, weight, bias), after which `ctx.residual(x)` is x with a gradient that costs no sum of its own.
+
+    A backward hook of a module around it sees the gradient by this alone: hooks have their own view of x, and then
+    the residual is x.
+    """
+    y, residual = linear_with_residual(x, weight, bias)
+    if residual is not x:
+        ctx.forks.append((x, residual))
+    return y
+
+
+def linear_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """F.linear(x, weight, bias), and x for whoever else needs it.
+
+    Where x is used in two places, autograd adds their two gradients: it reads both and writes a third. Here the product
+    that makes one of them begins with the other, and rounds once: dx = dresidual + dy · weight, written over dresidual
+    unless somebody else holds that. Autocast, second derivatives and the gradients of weight and bias are as of
+    F.linear; which it is, with x itself, where there would be nothing to save: without a gradient, in
+    `torch.compile`, which fuses the sum, and for inputs that autocast has yet to round.
+
+    Args:
+        x: [..., in], floating. weight: [out, in]. bias: [out] or None.
+    Returns:
+        [..., out], and a view of x.
+    """
+    if not _forks(x, weight, bias):
+        return F.linear(x, weight, bias), x
+    # rounded out here, for autograd to see: autocast's own copies must not be made in a Function, where they would
+    # lose their gradient for whoever finds them in its cache
+    return _apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _forks(x, weight, bias):
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or x.ndim < 2:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if (x.is_cuda or posing()) and x.numel() < WORTH:
+        return False
+    if type(x) is not Tensor or any(type(p) not in (Tensor, nn.Parameter, type(None)) for p in (weight, bias)):
+        return False  # a subclass does as it likes
+    if reference.under_autocast(x):
+        return x.dtype == reference.autocast_dtype(x)
+    return all(p is None or p.dtype == x.dtype for p in (weight, bias))
+
+
+class _Fork(torch.autograd.Function):
+    """(x weightᵀ + bias, x)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return F.linear(x, weight, bias), x
+
+    @staticmethod
+    def backward(ctx, dy, dresidual):
+        alone = dresidual is not None and not torch.is_grad_enabled() and _uses(dresidual) == _alone()
+        if dy is None:
+            return dresidual, None, None
+        x, weight = ctx.saved_tensors
+        rows, dx, dweight, dbias = dy.flatten(0, -2), None, None, None
+        if ctx.needs_input_grad[0]:
+            total = None if dresidual is None else dresidual.reshape(-1, x.shape[-1])
+            if total is None:
+                dx = rows @ weight
+            elif alone and dresidual.is_contiguous():
+                dx = total.addmm_(rows, weight)
+            else:  # on a GPU torch copies it first (at least up to 2.13), and nothing is saved
+                dx = torch.addmm(total, rows, weight)
+            dx = dx.view(x.shape)
+        if ctx.needs_input_grad[1]:
+            dweight = rows.t() @ x.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
+
+
+# its base's apply: Function's own looks for transforms of torch.func, which `_forks` has done
+_apply = super(torch.autograd.Function, _Fork).apply
+
+
+def _uses(gradient):
+    """How often a gradient, and its memory, is held: by Python, and by tensors and storages."""
+    return sys.getrefcount(gradient), torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
+
+
+class _Probe(torch.autograd.Function):
+    """What `_uses` says of a gradient that nobody but a backward holds."""
+
+    @staticmethod
+    def forward(ctx, x, found):
+        ctx.found = found
+        return x.clone(), x
+
+    @staticmethod
+    def backward(ctx, dy, dresidual):
+        ctx.found.append(_uses(dresidual))
+        return dresidual, None
+
+
+@cache
+def _alone():
+    found = []
+    with torch.inference_mode(False), torch.enable_grad():
+        y, x = _Probe.apply(torch.ones(1, device="cpu", requires_grad=True), found)
+        (y.square() + x.square()).backward()
+    return found[0]
+
+
+_alone()  # now, where no mode is on and no backward runs

@@ -1,0 +1,182 @@
+"""A residual's gradient is added by the product that makes the other half, to what autograd would have added."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import build, gradients, packed, padded
+from tolerance import BACKWARD, assert_as_accurate
+
+from minibert.model import BertForMaskedLM, BertModel, linear
+from minibert.model.linear import Linear, linear_with_residual
+from minibert.profile.watch import Traffic
+
+NAMES = ("x", "weight", "bias")
+
+
+def inputs(*shape, dtype=torch.float32, bias=True):
+    """x [*shape, 24], weight [37, 24], bias [37] or None."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = (*shape, 24), (37, 24), *([(37,)] if bias else [])
+    return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+
+
+def unfused(x, weight, bias=None):
+    return F.linear(x, weight, bias), x
+
+
+def value(call, tensors):
+    """A sum that uses both results of `call`, the residual as nobody but a backward holds its gradient."""
+    y, x = call(*tensors)
+    return y.sin().sum() + (x * 1.5).square().sum()
+
+
+def differentiated(call, tensors, wanted=None):
+    wanted = tensors if wanted is None else wanted
+    return torch.autograd.grad(value(call, tensors), wanted)
+
+
+def counted(call):
+    with Traffic() as traffic:
+        call()
+    return traffic.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(13,), (5, 7), (0,)])
+def test_gradients_are_as_accurate_as_those_of_the_sum(shape, bias, dtype):
+    tensors = inputs(*shape, dtype=dtype, bias=bias)
+    exact = differentiated(unfused, [x.detach().double().requires_grad_() for x in tensors])
+    both = [differentiated(call, tensors) for call in (linear_with_residual, unfused)]
+    for name, ours, torchs, double in zip(NAMES, *both, exact, strict=False):
+        assert_as_accurate(ours, torchs, double, factor=BACKWARD, name=name)
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen):
+    tensors = inputs(13)
+    tensors[frozen].requires_grad_(False)
+    wanted = [x for x in tensors if x.requires_grad]
+    ours, torchs = (differentiated(call, tensors, wanted) for call in (linear_with_residual, unfused))
+    torch.testing.assert_close(ours, torchs)
+    one = [differentiated(linear_with_residual, tensors, [x])[0] for x in wanted]
+    torch.testing.assert_close(one, list(torchs))
+    if frozen == 0:
+        y, x = linear_with_residual(*tensors)
+        assert x is tensors[0], "a residual without a gradient is left alone"
+
+
+def test_one_result_alone_has_its_own_gradient():
+    for which in range(2):
+        tensors = inputs(13)
+        ours, torchs = (
+            torch.autograd.grad(call(*tensors)[which].sin().sum(), tensors, allow_unused=True)
+            for call in (linear_with_residual, unfused)
+        )
+        assert [x is None for x in ours] == [x is None for x in torchs]
+        torch.testing.assert_close([x for x in ours if x is not None], [x for x in torchs if x is not None])
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_autocast_rounds_what_it_rounds_of_a_linear_layer(narrow):
+    tensors, found = inputs(13), []
+    if narrow:  # as the layer before gives it
+        tensors[0] = tensors[0].detach().bfloat16().requires_grad_()
+    for call in (linear_with_residual, unfused):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, x = call(*tensors)
+            # what autocast has kept of a weight still has a gradient for the next who asks
+            again = F.linear(tensors[0], tensors[1])
+        loss = y.float().sin().sum() + x.float().square().sum() + again.float().sum()
+        found.append([y, x, *torch.autograd.grad(loss, tensors)])
+    for ours, torchs in zip(*found, strict=True):
+        assert ours.dtype == torchs.dtype
+        torch.testing.assert_close(ours, torchs, rtol=0.02, atol=0.05)
+
+
+def test_second_derivatives_are_those_of_a_linear_layer():
+    tensors = [x.detach().double().requires_grad_() for x in inputs(3)]
+    call = lambda *tensors: linear_with_residual(*tensors)[0] * linear_with_residual(*tensors)[1].sum()  # noqa: E731
+    assert torch.autograd.gradcheck(call, tensors) and torch.autograd.gradgradcheck(call, tensors)
+
+
+@pytest.mark.parametrize("holder", ["nobody", "a hook", "a hook, by a view", "the caller", "another op"])
+def test_a_gradient_that_somebody_holds_is_not_written_over(holder):
+    held, tensors = [], inputs(13)
+    y, x = linear_with_residual(*tensors)
+    other = torch.zeros_like(x, requires_grad=True)
+    if holder.startswith("a hook"):
+        x.register_hook(lambda g: held.append(g.view(-1) if "view" in holder else g) or None)
+    # a sum gives both the same gradient
+    total, factor = (x + other, 1) if holder == "another op" else (x * 1.5, 1.5**2)
+    wanted = [*tensors, *{"the caller": [x], "another op": [other]}.get(holder, [])]
+    results, loss = [], y.sin().sum() + total.square().sum()
+    calls = counted(lambda: results.extend(torch.autograd.grad(loss, wanted)))
+    held += results[3:]
+    expected = 2 * factor * tensors[0].detach()
+    for gradient in held:
+        torch.testing.assert_close(gradient.view(expected.shape), expected)
+    assert len(held) == (holder != "nobody")
+    assert calls["aten::addmm_"] == (holder == "nobody") and calls["aten::addmm"] == (holder != "nobody")
+    torch.testing.assert_close(results[0] - torch.autograd.grad(F.linear(*tensors).sin().sum(), tensors)[0], expected)
+
+
+@pytest.mark.parametrize(("backend", "changes"), [
+    ("reference", {}), ("reference", {"ffn": "geglu", "position": "rotary", "hidden_dropout_prob": 0.0}),
+    pytest.param("triton", {}, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the device")),
+])  # fmt: skip
+def test_a_step_adds_no_gradients_of_residuals(monkeypatch, backend, changes):
+    """Neither where it is recomputed; and its gradients are those of the sums."""
+    found = {}
+    for forks in (True, False, "recomputed"):
+        if not forks:
+            monkeypatch.setattr(linear, "_forks", lambda *_: False)
+        model = build(BertForMaskedLM, train=True, backend=backend, num_hidden_layers=1, **changes)
+        model.bert.encoder.recompute = forks == "recomputed"
+        states = model.bert(packed(padded((7, 1, 5))), seed=5).last_hidden_state
+        calls = counted(states.sin().sum().backward)
+        found[forks] = gradients(model), calls
+        monkeypatch.undo()
+    for forks in (True, "recomputed"):
+        torch.testing.assert_close(found[forks][0], found[False][0], rtol=1e-4, atol=1e-5)
+        assert found[forks][1]["aten::addmm_"] == 2  # qkv and up
+        assert found[False][1]["aten::add"] - found[True][1]["aten::add"] == 2
+
+
+def test_a_backward_hook_sees_the_gradient_by_its_module_alone():
+    model, seen = build(BertModel), []
+    layer = model.encoder.layers[0]
+    layer.attention.qkv.register_full_backward_hook(lambda module, dx, dy: seen.append((dx[0], dy[0])))
+    layer.attention.register_full_backward_hook(lambda module, dx, dy: seen.append(dx[0]))
+    model(packed(padded()), seed=5).last_hidden_state.sin().sum().backward()
+    (dx, dy), outer = seen
+    torch.testing.assert_close(dx, dy @ layer.attention.qkv.weight)
+    torch.testing.assert_close(outer, dx)
+
+
+def test_whatever_stands_in_the_place_of_the_layer_is_called_as_it_was():
+    class Other(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model, plain = build(BertModel), build(BertModel)
+    for layer in model.encoder.layers:
+        assert type(layer.attention.qkv) is Linear
+        layer.attention.qkv, layer.ffn.up = Other(layer.attention.qkv), Other(layer.ffn.up)
+    states = [each(packed(padded()), seed=5).last_hidden_state for each in (model, plain)]
+    assert torch.equal(*states)
+    for x in states:
+        x.sin().sum().backward()
+    found = {name.replace(".inner", ""): x for name, x in gradients(model).items()}
+    torch.testing.assert_close(found, gradients(plain))
+
+
+def test_a_model_that_forks_can_be_copied():
+    model = build(BertModel)
+    torch.testing.assert_close(copy.deepcopy(model)(packed(padded()))[0], model(packed(padded()))[0])
