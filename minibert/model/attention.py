@@ -25,18 +25,15 @@ class Attention(nn.Module):
         """`maps`, where given, receives the attention map [B, H, S, S], before dropout."""
         batch = ctx.batch
         qkv = rearrange(project(self.qkv, x, ctx), "t (three h d) -> t three h d", three=3, h=self.num_heads)
-        # in one piece, where nothing happens to q and k alone, so that its gradient is written in one piece too
-        q, k, v = qkv, None, None
-        if position.rotates or maps is not None:
-            q, k, v = qkv.unbind(1)
-            q, k = position.rotate(q, k, batch)
+        qkv = position.rotate(qkv, batch)
         bias, slopes = position.score_bias(batch), position.slopes(batch)
         seen = {"score_bias": bias, "alibi_slopes": slopes, "causal": self.causal}
         if maps is not None:
+            q, k, _ = qkv.unbind(1)
             maps.append(attention_probs(q, k, batch.cu_seqlens, batch.max_seqlen, **seen))
         drop = ctx.drop(self.dropout, self.site)
         out = attention(
-            q, k, v, batch.cu_seqlens, batch.max_seqlen,
+            qkv, None, None, batch.cu_seqlens, batch.max_seqlen,
             **drop, **seen, seq_ids=batch.seq_ids, schedule=ctx.schedule, backend=ctx.backend,
         )  # fmt: skip
         return self.out(rearrange(out, "t h d -> t (h d)"))

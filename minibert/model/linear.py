@@ -61,15 +61,19 @@ def linear_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return _apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _forks(x, weight, bias):
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or x.ndim < 2:
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a Function in Python may work on these: nobody traces or transforms what is done, and no subclass of
+    Tensor does it in its own way."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    return all(type(x) in (Tensor, nn.Parameter, type(None)) for x in tensors)
+
+
+def _forks(x, weight, bias):
+    if not (torch.is_grad_enabled() and x.requires_grad and x.ndim > 1 and plain(x, weight, bias)):
         return False
     if (x.is_cuda or posing()) and x.numel() < WORTH:
         return False
-    if type(x) is not Tensor or any(type(p) not in (Tensor, nn.Parameter, type(None)) for p in (weight, bias)):
-        return False  # a subclass does as it likes
     if reference.under_autocast(x):
         return x.dtype == reference.autocast_dtype(x)
     return all(p is None or p.dtype == x.dtype for p in (weight, bias))
@@ -107,7 +111,7 @@ class _Fork(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-# its base's apply: Function's own looks for transforms of torch.func, which `_forks` has done
+# its base's apply: Function's own looks for transforms of torch.func, which `plain` has done
 _apply = super(torch.autograd.Function, _Fork).apply
 
 

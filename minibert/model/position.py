@@ -5,21 +5,21 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..config import BertConfig
+from .linear import plain
 
 
 class Position(nn.Module):
     """Hooks: a table that the embeddings add, a rotation of queries and keys, a bias or slopes on the scores."""
 
     weight: Tensor | None  # [max_position_embeddings, D], added to the word embeddings
-    rotates = False
 
     def __init__(self, config: BertConfig):
         super().__init__()
         self.register_parameter("weight", None)
 
-    def rotate(self, q: Tensor, k: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """q, k: [T, H, d]."""
-        return q, k
+    def rotate(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """[T, 3, H, d] with queries and keys turned: in one piece, as attention's gradient of it is."""
+        return qkv
 
     def score_bias(self, batch: Batch) -> Tensor | None:
         """[B or 1, H or 1, S, S], added to the scaled scores."""
@@ -42,24 +42,45 @@ class Learned(Position):
 class Rotary(Position):
     """Queries and keys turned, pair by pair, by angles that grow with the position (Su et al., 2021): RoPE."""
 
-    rotates, base = True, 10_000.0
+    base = 10_000.0
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         if config.head_size % 2:
             raise ValueError(f"position='rotary' turns pairs of a head's channels: head size {config.head_size} is odd")
 
-    def rotate(self, q: Tensor, k: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def rotate(self, qkv: Tensor, batch: Batch) -> Tensor:
         # made here, not kept as a buffer, which a model in bfloat16 would round
-        share = torch.arange(0, q.shape[-1], 2, device=q.device) / q.shape[-1]
-        angles = (batch.positions[:, None] * self.base**-share)[:, None]  # [T, 1, d / 2]
-        cos, sin = angles.cos(), angles.sin()
+        share = torch.arange(0, qkv.shape[-1], 2, device=qkv.device) / qkv.shape[-1]
+        angles = (batch.positions[:, None] * self.base**-share)[:, None, None]  # [T, 1, 1, d / 2]
+        return (_Turn.apply if plain(qkv) else turned)(qkv, angles.cos(), angles.sin())
 
-        def turn(x: Tensor) -> Tensor:
-            left, right = x.float().chunk(2, -1)
-            return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
 
-        return turn(q), turn(k)
+def turned(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys turned in float32, by angles whose cosines and sines are [T, 1, 1, d / 2]."""
+    left, right = qkv[:, :2].chunk(2, -1)
+    qk = torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+    return torch.cat((qk.to(qkv.dtype), qkv[:, 2:]), 1)
+
+
+class _Turn(torch.autograd.Function):
+    """`turned` with a third of its memory traffic; the gradient is turned back, in one piece and the same way."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        (left, right), (out_left, out_right) = (x[:, :2].chunk(2, -1) for x in (qkv, out))
+        # rounded as they are stored, each after one product in float32
+        torch.addcmul(left * cos, right, sin, value=-1, out=out_left)
+        torch.addcmul(right * cos, left, sin, out=out_right)
+        out[:, 2] = qkv[:, 2]
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        cos, sin = ctx.saved_tensors
+        return _Turn.apply(dout, cos, -sin), None, None
 
 
 class Alibi(Position):

@@ -20,6 +20,7 @@ from .step import Step
 TORCH = str(Path(torch.__file__).parent) + os.sep
 aten = torch.ops.aten
 VIEWS = ("aten::detach", "aten::_unsafe_view")  # which torch does not call views
+ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
 LOOKUPS = ("aten::embedding", "aten::index_select", "aten::index", "aten::gather")
 WRITERS = ("aten::copy_", "aten::fill_", "aten::zero_")
 Mark = Callable[[str], contextlib.AbstractContextManager]
@@ -67,7 +68,8 @@ class Watch(TorchDispatchMode):
 
 
 class Traffic(Watch):
-    """Calls and bytes of every op by its name: each tensor that goes in or comes out; views move nothing."""
+    """Calls and bytes of every op by its name: each tensor that goes in or comes out; views and new memory move
+    nothing."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +78,7 @@ class Traffic(Watch):
 
     def see(self, func, args, kwargs):
         result, name = func(*args, **kwargs), name_of_op(func)
-        if not func.is_view and name not in VIEWS:
+        if not func.is_view and name not in VIEWS and name not in ALLOCATIONS:
             # of a table the rows that come out are read, and no others
             read = (result, *args[1:]) if name in LOOKUPS else args
             tensors = {id(x): x for x in tensors_of(read, kwargs)} | updated(func, args)

@@ -5,10 +5,12 @@ import cmath
 import pytest
 import torch
 from small import build, gradients, packed, padded, small_config
+from tolerance import assert_as_accurate
 
 from minibert.batch import pack
 from minibert.model import BertModel
-from minibert.model.position import POSITIONS
+from minibert.model.position import POSITIONS, _Turn, turned
+from minibert.profile.watch import Traffic
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the device here")
@@ -17,7 +19,8 @@ IDS = [5, 6, 7, 8, 9, 10, 11]
 
 def test_a_rotated_pair_is_a_complex_number_times_a_unit_one():
     rotary, x = POSITIONS["rotary"](small_config()), torch.randn(7, 3, 8)
-    turned = rotary.rotate(x, 2 * x, pack([IDS]))
+    *turned, v = rotary.rotate(torch.stack([x, 2 * x, x], 1), pack([IDS])).unbind(1)
+    assert torch.equal(v, x)
     for token, head, pair in ((0, 0, 0), (3, 1, 2), (6, 2, 3)):
         before = complex(x[token, head, pair], x[token, head, pair + 4])
         after = before * cmath.exp(1j * token * 10_000 ** (-2 * pair / 8))
@@ -28,10 +31,39 @@ def test_a_rotated_pair_is_a_complex_number_times_a_unit_one():
 
 def test_rotated_scores_depend_on_the_distance_alone():
     rotary = POSITIONS["rotary"](small_config())
-    q, k = rotary.rotate(torch.randn(1, 3, 8).expand(7, 3, 8), torch.randn(1, 3, 8).expand(7, 3, 8), pack([IDS]))
+    q, k, _ = rotary.rotate(torch.randn(1, 3, 3, 8).expand(7, 3, 3, 8), pack([IDS])).unbind(1)
     scores = torch.einsum("ihd,jhd->hij", q, k)
     torch.testing.assert_close(scores[:, 1:, 1:], scores[:, :-1, :-1], **CLOSE)
     assert (scores[:, 0] - scores[:, 0].mean(-1, keepdim=True)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_runs_is_as_accurate_as_the_formula(dtype):
+    x, dout = (torch.randn(7, 3, 3, 8).to(dtype) for _ in range(2))
+    angles = torch.randn(7, 1, 1, 4)
+    found = []
+    for call, of in ((_Turn.apply, dtype), (turned, dtype), (turned, torch.float64)):
+        qkv, cos, sin = x.detach().to(of).requires_grad_(), angles.cos(), angles.sin()
+        out = call(qkv, cos, sin)
+        found.append((out, *torch.autograd.grad(out, qkv, dout.to(of))))
+    for name, *values in zip(("out", "dqkv"), *found, strict=True):
+        assert_as_accurate(*values, name=name)
+
+
+def test_its_derivatives_are_right_to_the_second():
+    x, angles = torch.randn(2, 3, 1, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 1, 1, 2).double()
+    call = lambda x: _Turn.apply(x, angles.cos(), angles.sin()).square()  # noqa: E731
+    assert torch.autograd.gradcheck(call, x) and torch.autograd.gradgradcheck(call, x)
+
+
+@WITHOUT_GPU
+def test_the_gradients_of_a_projection_are_neither_stacked_nor_cut():
+    model = build(BertModel, position="rotary", train=True, backend="triton", num_hidden_layers=1, vocab_size=9)
+    states = model(pack([[5, 6, 7]]), seed=2).last_hidden_state
+    with Traffic() as traffic:
+        states.sin().sum().backward()
+    names = {name.removeprefix("aten::") for name in traffic.calls}
+    assert "addcmul" in names and not names & {"stack", "cat", "slice_backward", "select_backward"}
 
 
 def test_alibi_takes_a_slope_times_the_distance_from_the_scores():
@@ -65,9 +97,9 @@ def test_there_is_nothing_to_learn_and_nothing_to_save(position):
 
 
 def test_a_model_in_bfloat16_turns_by_exact_angles():
-    x = torch.randn(300, 3, 8)
+    x = torch.randn(300, 3, 3, 8)
     batch = pack([[5] * 300])
-    exact, rounded = (POSITIONS["rotary"](small_config()).to(d).rotate(x, x, batch)[0] for d in (None, torch.bfloat16))
+    exact, rounded = (POSITIONS["rotary"](small_config()).to(d).rotate(x, batch) for d in (None, torch.bfloat16))
     assert torch.equal(exact, rounded)
 
 

@@ -27,6 +27,7 @@ KNOWN = {
     "half as wide": (lambda: X.bfloat16() * 2, "aten::mul", 2 * 35 * 2),
     "a matrix product": (lambda: X @ WIDE.t(), "aten::mm", (35 + 55 + 77) * F32),
     "a lookup reads the rows it takes": (lambda: F.embedding(IDS, WIDE), "aten::embedding", 2 * 15 * F32 + 3 * I64),
+    "new memory has not been written": (lambda: torch.empty_like(X).new_empty(7), "aten::empty_like", 0),
     "a view moves nothing": (lambda: X.view(5, 7).t(), "aten::view", 0),
 }
 
