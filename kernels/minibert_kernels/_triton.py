@@ -17,7 +17,9 @@ except ImportError:
             return fn or (lambda fn: fn)
 
     class tl:
-        constexpr = None
+        class constexpr:
+            def __init__(self, value):
+                self.value = value
 
 
 AVAILABLE = triton.knobs is not None

@@ -10,14 +10,17 @@ A program has a tile of a head, in the order of a schedule or of the sequences.
 
 from ._triton import tl, triton
 from .attention_tile import (
-    VARYING,
+    VARYING_BATCH,
     base2,
+    fill_outputs,
     fill_outside,
     filler,
+    heads_of_gradients,
     inside,
     keep_scale,
     keep_tile,
     load_lse,
+    load_tile,
     locate,
     logits,
     pointers,
@@ -64,29 +67,26 @@ def _add_keys(
     return new_peak, total, tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_BATCH)
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr,  # [T, H, d]
+    q_ptr, k_ptr, v_ptr,  # [T, H, d], [T, H // GROUP, d] twice
     out_ptr, lse_ptr,  # [T, H, d] contiguous, [1 or, with a bias, 2, H, T] fp32
     cu_seqlens_ptr, schedule_ptr,  # [B + 1], [T // 128 + B, 2] or None
     q_strides, k_strides, v_strides,  # of (token, head, dim)
     num_tokens, num_heads, num_tiles, num_sequences, terms, dropout,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if filler() >= 0:
-        fill_outside(out_ptr, 0.0, num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
-        for plane in range(num_heads if terms.bias_ptr is None else 2 * num_heads):
-            lse = lse_ptr + tl.cast(plane, tl.int64) * num_tokens
-            fill_outside(lse, float("-inf"), 1, cu_seqlens_ptr, num_sequences, num_tokens)
+        fill_outputs(out_ptr, lse_ptr, cu_seqlens_ptr, num_tokens, num_heads, num_sequences, terms, HEAD_SIZE)
         return
     seq, head, m0, first, length = locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK_M)
     if length == 0:
         return
     row = m0 + tl.arange(0, BLOCK_M)
     in_tile = inside(row, length, HEAD_SIZE, BLOCK_D)
-    q = tl.load(pointers(q_ptr, q_strides, first + m0, head, BLOCK_M, BLOCK_D), mask=in_tile, other=0.0)
-    k_tile = pointers(k_ptr, k_strides, 0, head, BLOCK_N, BLOCK_D)
-    v_tile = pointers(v_ptr, v_strides, 0, head, BLOCK_N, BLOCK_D)
+    q = load_tile(q_ptr, q_strides, first + m0, head, in_tile)
+    k_tile = pointers(k_ptr, k_strides, 0, head // GROUP, BLOCK_N, BLOCK_D)
+    v_tile = pointers(v_ptr, v_strides, 0, head // GROUP, BLOCK_N, BLOCK_D)
     slope = slope_of(terms, head)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -136,17 +136,18 @@ def _add_to_dq(
     return tl.dot((probs * ddropped).to(k.dtype), k, dq, input_precision="ieee")
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_BATCH)
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr,  # the last [H, T] fp32, of lse in base 2, or None
-    grads_ptr, delta_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv; [H, T] fp32
+    grads_ptr, delta_ptr,  # [T, H + 2 H // GROUP, d] contiguous: dq, dk, dv; [H, T] fp32
     cu_seqlens_ptr, schedule_ptr,
     q_strides, k_strides, v_strides, dout_strides,
     num_tokens, num_heads, num_tiles, num_sequences, terms, dropout,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if filler() >= 0:
-        fill_outside(grads_ptr, 0.0, 3 * num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
+        row_size = heads_of_gradients(num_heads, GROUP) * HEAD_SIZE
+        fill_outside(grads_ptr, 0.0, row_size, cu_seqlens_ptr, num_sequences, num_tokens)
         return
     seq, head, m0, first, length = locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK_M)
     if length == 0:
@@ -155,17 +156,17 @@ def _attention_bwd_dq_kernel(
     row = m0 + tl.arange(0, BLOCK_M)
     in_rows, in_tile = row < length, inside(row, length, HEAD_SIZE, BLOCK_D)
     own = first + m0
-    out = tl.load(pointers(out_ptr, strides, own, head, BLOCK_M, BLOCK_D), mask=in_tile, other=0.0)
-    dout = tl.load(pointers(dout_ptr, dout_strides, own, head, BLOCK_M, BLOCK_D), mask=in_tile, other=0.0)
+    out = load_tile(out_ptr, strides, own, head, in_tile)
+    dout = load_tile(dout_ptr, dout_strides, own, head, in_tile)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     statistics = head.to(tl.int64) * num_tokens + first + row
     if dlse_ptr is not None:
         delta -= base2(tl.load(dlse_ptr + statistics, mask=in_rows, other=0.0))
     tl.store(delta_ptr + statistics, delta, mask=in_rows)
     peak, rest = load_lse(lse_ptr, statistics, num_tokens, num_heads, in_rows, terms)
-    q = tl.load(pointers(q_ptr, q_strides, own, head, BLOCK_M, BLOCK_D), mask=in_tile, other=0.0)
-    k_tile = pointers(k_ptr, k_strides, 0, head, BLOCK_N, BLOCK_D)
-    v_tile = pointers(v_ptr, v_strides, 0, head, BLOCK_N, BLOCK_D)
+    q = load_tile(q_ptr, q_strides, own, head, in_tile)
+    k_tile = pointers(k_ptr, k_strides, 0, head // GROUP, BLOCK_N, BLOCK_D)
+    v_tile = pointers(v_ptr, v_strides, 0, head // GROUP, BLOCK_N, BLOCK_D)
     slope = slope_of(terms, head)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, last = _keys_of(m0, length, terms.band, BLOCK_M, BLOCK_N)
@@ -178,17 +179,28 @@ def _attention_bwd_dq_kernel(
             n0, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length,
             slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=terms.band is not None,
         )  # fmt: skip
-    dq_tile = pointers(grads_ptr, (3 * num_heads * HEAD_SIZE, HEAD_SIZE, 1), own, head, BLOCK_M, BLOCK_D)
+    grads_strides = (heads_of_gradients(num_heads, GROUP) * HEAD_SIZE, HEAD_SIZE, 1)
+    dq_tile = pointers(grads_ptr, grads_strides, own, head, BLOCK_M, BLOCK_D)
     tl.store(dq_tile, (dq * terms.scale).to(grads_ptr.dtype.element_ty), mask=in_tile)
 
 
 @triton.jit
 def _add_to_dkdv(
-    m0, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens, num_heads, seq, head,
-    n0, first, length, slope, terms, dropout,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    m0, member, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens, num_heads,
+    seq, head, n0, first, length, slope, terms, dropout,
+    HEAD_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK_N keys and values with those through BLOCK_M queries more."""
+    """The gradients of a tile of keys and values with those through BLOCK_M queries more, of a member of their group.
+
+    head, slope, q_tile and dout_tile are those of the group's first member.
+    """
+    BLOCK_N: tl.constexpr = k.shape[0]
+    BLOCK_D: tl.constexpr = k.shape[1]
+    if GROUP > 1:
+        head += member
+        slope = slope_of(terms, head)
+        q_tile += tl.cast(member, tl.int64) * q_strides[1]
+        dout_tile += tl.cast(member, tl.int64) * dout_strides[1]
     row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     in_rows, in_queries = row < length, inside(row, length, HEAD_SIZE, BLOCK_D)
     if dropout.seed_ptr is not None:
@@ -212,23 +224,26 @@ def _add_to_dkdv(
     return tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_BATCH)
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
-    grads_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv
+    grads_ptr,  # [T, H + 2 H // GROUP, d] contiguous: dq, dk, dv
     cu_seqlens_ptr, schedule_ptr,
     q_strides, k_strides, v_strides, dout_strides,
     num_tokens, num_heads, num_tiles, terms, dropout,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    seq, head, n0, first, length = locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK_N)
+    """A program a tile of a K/V head: it goes through the queries of all GROUP heads that share it, in their order."""
+    num_kv_heads = num_heads // GROUP
+    seq, kv_head, n0, first, length = locate(cu_seqlens_ptr, schedule_ptr, num_kv_heads, num_tiles, BLOCK_N)
     if length == 0:
         return
     col = n0 + tl.arange(0, BLOCK_N)
     in_tile = inside(col, length, HEAD_SIZE, BLOCK_D)
     own = first + n0
-    k = tl.load(pointers(k_ptr, k_strides, own, head, BLOCK_N, BLOCK_D), mask=in_tile, other=0.0)
-    v = tl.load(pointers(v_ptr, v_strides, own, head, BLOCK_N, BLOCK_D), mask=in_tile, other=0.0)
+    k = load_tile(k_ptr, k_strides, own, kv_head, in_tile)
+    v = load_tile(v_ptr, v_strides, own, kv_head, in_tile)
+    head = kv_head * GROUP
     q_tile = pointers(q_ptr, q_strides, 0, head, BLOCK_M, BLOCK_D)
     dout_tile = pointers(dout_ptr, dout_strides, 0, head, BLOCK_M, BLOCK_D)
     slope = slope_of(terms, head)
@@ -239,31 +254,33 @@ def _attention_bwd_dkdv_kernel(
         begin = tl.maximum(n0 - terms.band[1], 0) // BLOCK_M * BLOCK_M
         end = tl.minimum(n0 + BLOCK_N + terms.band[0], length)
     last = (end - 1) // BLOCK_M * BLOCK_M
+    span = last + BLOCK_M - begin  # of a member's tiles: those of the group are numbered one member after another
     dk, dv = _add_to_dkdv(
-        last, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens, num_heads,
-        seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N,
+        last, GROUP - 1, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens,
+        num_heads, seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_M, GROUP,
     )  # fmt: skip
-    for m0 in range(begin, last, BLOCK_M):
+    for place in range(begin, last + (GROUP - 1) * span, BLOCK_M):
+        member = (place - begin) // span if GROUP > 1 else 0
         dk, dv = _add_to_dkdv(
-            m0, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens, num_heads,
-            seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N,
+            place - member * span, member, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides,
+            num_tokens, num_heads, seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_M, GROUP,
         )  # fmt: skip
     if dropout.seed_ptr is not None:
         dv *= keep_scale(dropout)
-    strides = (3 * num_heads * HEAD_SIZE, HEAD_SIZE, 1)
-    dk_tile = pointers(grads_ptr + num_heads * HEAD_SIZE, strides, own, head, BLOCK_N, BLOCK_D)
+    strides = (heads_of_gradients(num_heads, GROUP) * HEAD_SIZE, HEAD_SIZE, 1)
+    dk_tile = pointers(grads_ptr + num_heads * HEAD_SIZE, strides, own, kv_head, BLOCK_N, BLOCK_D)
     tl.store(dk_tile, (dk * terms.scale).to(k.dtype), mask=in_tile)
-    tl.store(dk_tile + num_heads * HEAD_SIZE, dv.to(v.dtype), mask=in_tile)
+    tl.store(dk_tile + num_kv_heads * HEAD_SIZE, dv.to(v.dtype), mask=in_tile)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_BATCH)
 def _attention_bwd_dbias_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
     dbias_ptr,  # [bias_batches, bias_heads, S, S] contiguous
     cu_seqlens_ptr,
     q_strides, k_strides, v_strides, dout_strides,
     num_tokens, num_heads, num_sequences, bias_batches, bias_heads, max_seqlen, terms, dropout,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of the bias: it sums dS over the sequences and heads that share the tile, in their order."""
     n_tiles, m_tiles = tl.cdiv(max_seqlen, BLOCK_N), tl.cdiv(max_seqlen, BLOCK_M)
@@ -278,8 +295,8 @@ def _attention_bwd_dbias_kernel(
         first, length = span(cu_seqlens_ptr, seq)
         if tl.maximum(m0, n0) < length:
             in_queries, in_keys = inside(row, length, HEAD_SIZE, BLOCK_D), inside(col, length, HEAD_SIZE, BLOCK_D)
-            q = tl.load(pointers(q_ptr, q_strides, first + m0, head, BLOCK_M, BLOCK_D), mask=in_queries, other=0.0)
-            k = tl.load(pointers(k_ptr, k_strides, first + n0, head, BLOCK_N, BLOCK_D), mask=in_keys, other=0.0)
+            q = load_tile(q_ptr, q_strides, first + m0, head, in_queries)
+            k = load_tile(k_ptr, k_strides, first + n0, head // GROUP, in_keys)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = logits(
                 scores, terms, slope_of(terms, head), seq, head, row[:, None], col[None, :], length, MASKED=True
@@ -288,7 +305,7 @@ def _attention_bwd_dbias_kernel(
             peak, rest = load_lse(lse_ptr, statistics, num_tokens, num_heads, row < length, terms)
             delta = tl.load(delta_ptr + statistics, mask=row < length, other=0.0)
             probs = tl.exp2(scores * unit(terms) - peak[:, None] - rest[:, None])
-            v = tl.load(pointers(v_ptr, v_strides, first + n0, head, BLOCK_N, BLOCK_D), mask=in_keys, other=0.0)
+            v = load_tile(v_ptr, v_strides, first + n0, head // GROUP, in_keys)
             dout = pointers(dout_ptr, dout_strides, first + m0, head, BLOCK_M, BLOCK_D)
             dprobs = tl.dot(tl.load(dout, mask=in_queries, other=0.0), tl.trans(v), input_precision="ieee")
             if dropout.seed_ptr is not None:

@@ -9,14 +9,16 @@ operand; dq therefore comes out of kᵀ · dSᵀ as [d, queries] and is stored t
 
 from ._triton import tl
 from .attention_tile import (
-    VARYING,
+    VARYING_BATCH,
     base2,
+    fill_outputs,
     fill_outside,
     filler,
     inside,
     keep_scale,
     keep_tile,
     load_lse,
+    load_tile,
     logits,
     pointers,
     slope_of,
@@ -27,20 +29,17 @@ from .attention_tile import (
 from .jit import kernel
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_BATCH)
 def _attention_short_fwd_kernel(
-    q_ptr, k_ptr, v_ptr,  # [T, H, d]
+    q_ptr, k_ptr, v_ptr,  # [T, H, d], [T, H // GROUP, d] twice
     out_ptr, lse_ptr,  # [T, H, d] contiguous, [1 or, with a bias, 2, H, T] fp32
     cu_seqlens_ptr,  # [B + 1]
     q_strides, k_strides, v_strides,  # of (token, head, dim)
     num_tokens, num_heads, num_sequences, terms, dropout,
-    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if filler() >= 0:
-        fill_outside(out_ptr, 0.0, num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
-        for plane in range(num_heads if terms.bias_ptr is None else 2 * num_heads):
-            lse = lse_ptr + tl.cast(plane, tl.int64) * num_tokens
-            fill_outside(lse, float("-inf"), 1, cu_seqlens_ptr, num_sequences, num_tokens)
+        fill_outputs(out_ptr, lse_ptr, cu_seqlens_ptr, num_tokens, num_heads, num_sequences, terms, HEAD_SIZE)
         return
     seq, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     first, length = span(cu_seqlens_ptr, seq)
@@ -50,9 +49,9 @@ def _attention_short_fwd_kernel(
     in_tile = inside(row, length, HEAD_SIZE, BLOCK_D)
     if dropout.seed_ptr is not None:
         keep = keep_tile(dropout, seq, head, 0, 0, BLOCK_S, BLOCK_S)
-    q = tl.load(pointers(q_ptr, q_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
-    k = tl.load(pointers(k_ptr, k_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
-    v = tl.load(pointers(v_ptr, v_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    q = load_tile(q_ptr, q_strides, first, head, in_tile)
+    k = load_tile(k_ptr, k_strides, first, head // GROUP, in_tile)
+    v = load_tile(v_ptr, v_strides, first, head // GROUP, in_tile)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     slope = slope_of(terms, head)
     scores = logits(scores, terms, slope, seq, head, row[:, None], row[None, :], length, True)
@@ -71,7 +70,7 @@ def _attention_short_fwd_kernel(
     store_lse(lse_ptr, statistics, num_tokens, num_heads, peak, total, row < length, terms)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_BATCH)
 def _attention_short_bwd_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, dlse_ptr,  # the last [H, T] fp32, of lse in base 2, or None
     grads_ptr, delta_ptr,  # [T, 3, H, d] contiguous: dq, dk, dv; [H, T] fp32, or None where nobody reads it
@@ -92,11 +91,11 @@ def _attention_short_bwd_kernel(
     strides = (3 * num_heads * HEAD_SIZE, HEAD_SIZE, 1)
     dq_tile = pointers(grads_ptr, strides, first, head, BLOCK_S, BLOCK_D)
     dk_tile = dq_tile + num_heads * HEAD_SIZE
-    dout = tl.load(pointers(dout_ptr, dout_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    dout = load_tile(dout_ptr, dout_strides, first, head, in_tile)
     statistics = head.to(tl.int64) * num_tokens + first + row
-    q = tl.load(pointers(q_ptr, q_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
-    k = tl.load(pointers(k_ptr, k_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
-    v = tl.load(pointers(v_ptr, v_strides, first, head, BLOCK_S, BLOCK_D), mask=in_tile, other=0.0)
+    q = load_tile(q_ptr, q_strides, first, head, in_tile)
+    k = load_tile(k_ptr, k_strides, first, head, in_tile)
+    v = load_tile(v_ptr, v_strides, first, head, in_tile)
 
     # both [keys, queries]
     scores = tl.dot(k, tl.trans(q), input_precision="ieee")

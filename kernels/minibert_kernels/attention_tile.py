@@ -2,14 +2,16 @@
 
 from typing import Any, NamedTuple
 
+from . import philox
 from ._triton import tl, triton
 from .philox import bytes_at_least, philox_tile
 
-SCHEDULE_TILE = 128  # tokens of an entry of `attention_schedule`
+SCHEDULE_TILE = tl.constexpr(128)  # tokens of an entry of `attention_schedule`
 WIDEST = 1 << 30  # keys on one side of a query: more than any sequence has, and sums with a token's number fit int32
-FILLERS = 16  # programs, after those that have a tile, that fill what lies outside of all sequences
+FILLERS = tl.constexpr(16)  # programs, after those that have a tile, that fill what lies outside of all sequences
+HEAD_SHIFT = tl.constexpr(philox.HEAD_SHIFT)
 # values that change from batch to batch, and pointers to single values, make no new kernel
-VARYING = (
+VARYING_BATCH = (
     "cu_seqlens_ptr", "schedule_ptr", "dlse_ptr", "num_tokens", "num_heads", "num_tiles", "num_sequences", "max_seqlen",
     "dropout",
 )  # fmt: skip
@@ -70,7 +72,7 @@ def locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK: tl.constex
         first, length = span(cu_seqlens_ptr, seq)
     else:
         entry = tl.load(schedule_ptr + 2 * seq)
-        row += tl.maximum(tl.load(schedule_ptr + 2 * seq + 1), 0) * 128  # SCHEDULE_TILE
+        row += tl.maximum(tl.load(schedule_ptr + 2 * seq + 1), 0) * SCHEDULE_TILE
         seq = tl.maximum(entry, 0)
         first, length = span(cu_seqlens_ptr, seq)
         length = tl.where(entry < 0, 0, length)
@@ -80,7 +82,7 @@ def locate(cu_seqlens_ptr, schedule_ptr, num_heads, num_tiles, BLOCK: tl.constex
 @triton.jit
 def filler():
     """The number of this program among the FILLERS, negative for one that has a tile."""
-    return tl.program_id(0) - (tl.num_programs(0) - 16)
+    return tl.program_id(0) - (tl.num_programs(0) - FILLERS)
 
 
 @triton.jit
@@ -90,10 +92,27 @@ def fill_outside(ptr, value, row_size, cu_seqlens_ptr, num_sequences, num_tokens
     value = tl.full([1024], value, ptr.dtype.element_ty)
     share, row_size = filler().to(tl.int64) * 1024, tl.cast(row_size, tl.int64)
     begin, end = tl.load(cu_seqlens_ptr) * row_size, num_tokens * row_size
-    for i in range(share, begin, 16 * 1024):
+    for i in range(share, begin, FILLERS * 1024):
         tl.store(ptr + i + offset, value, mask=i + offset < begin)
-    for i in range(tl.load(cu_seqlens_ptr + num_sequences) * row_size + share, end, 16 * 1024):
+    for i in range(tl.load(cu_seqlens_ptr + num_sequences) * row_size + share, end, FILLERS * 1024):
         tl.store(ptr + i + offset, value, mask=i + offset < end)
+
+
+@triton.jit
+def fill_outputs(
+    out_ptr, lse_ptr, cu_seqlens_ptr, num_tokens, num_heads, num_sequences, terms, HEAD_SIZE: tl.constexpr
+):  # fmt: skip
+    """A filler's share of what forward writes: zeros, and a log-sum-exp of -inf."""
+    fill_outside(out_ptr, 0.0, num_heads * HEAD_SIZE, cu_seqlens_ptr, num_sequences, num_tokens)
+    for plane in range(num_heads if terms.bias_ptr is None else 2 * num_heads):
+        lse = lse_ptr + tl.cast(plane, tl.int64) * num_tokens
+        fill_outside(lse, float("-inf"), 1, cu_seqlens_ptr, num_sequences, num_tokens)
+
+
+@triton.jit
+def heads_of_gradients(num_heads, GROUP: tl.constexpr):
+    """Of a token in the buffer of the gradients [T, H + 2 H_kv, d]: dq, dk, dv, where a K/V head has GROUP queries'."""
+    return num_heads // GROUP * (GROUP + 2)
 
 
 @triton.jit
@@ -103,6 +122,12 @@ def pointers(ptr, strides, token, head, ROWS: tl.constexpr, BLOCK_D: tl.constexp
     dim = tl.arange(0, BLOCK_D).to(tl.int64)
     tile = ptr + token * strides[0] + head.to(tl.int64) * strides[1]
     return tile + row[:, None] * strides[0] + dim[None, :] * strides[2]
+
+
+@triton.jit
+def load_tile(ptr, strides, token, head, in_tile):
+    """One head's elements from `token` (int64) on, zero where they do not exist: the shape of in_tile."""
+    return tl.load(pointers(ptr, strides, token, head, in_tile.shape[0], in_tile.shape[1]), mask=in_tile, other=0.0)
 
 
 @triton.jit
@@ -189,7 +214,7 @@ def keep_tile(dropout, seq, head, row, col, ROWS: tl.constexpr, COLS: tl.constex
     seq_id = seq.to(tl.int64)
     if dropout.seq_ids_ptr is not None:
         seq_id = tl.load(dropout.seq_ids_ptr + seq)
-    group = (head << 22) + col // 16 + tl.arange(0, COLS // 16)  # 22 is philox.HEAD_SHIFT
+    group = (head << HEAD_SHIFT) + col // 16 + tl.arange(0, COLS // 16)
     rows = (row + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
     low, high = (seq_id & 0xFFFFFFFF).to(tl.uint32), ((seq_id >> 32) & 0xFFFFFFFF).to(tl.uint32)
     w0, w1, w2, w3 = philox_tile(tl.load(dropout.seed_ptr), group.to(tl.uint32)[None, :], rows, low, high)

@@ -28,7 +28,7 @@ from .jit import kernel
 from .launch import (
     FP_FUSION,
     NORM_MAX_COLS,
-    VARYING,
+    VARYING_ROWS,
     AotCase,
     aot_arguments,
     as_matrix,
@@ -70,7 +70,7 @@ def _total(word, type, position, row, in_rows, col, in_tile):
     return total
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_ROWS)
 def _embed_norm_fwd_kernel(
     word, type, position,          # Lookups; position may be None
     weight_ptr, bias_ptr,          # [cols] twice, bias may be None
@@ -101,7 +101,7 @@ def _embed_norm_fwd_kernel(
     tl.store(out_ptr + row[:, None] * n_cols + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_ROWS)
 def _embed_norm_bwd_kernel(
     dout_ptr, mean_ptr, rstd_ptr,  # [rows, cols], fp32 [rows] twice
     word, type, position, weight_ptr, seed_ptr, rows_ptr,

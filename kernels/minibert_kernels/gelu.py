@@ -17,7 +17,7 @@ from .dispatch import check_device, check_floating, use_triton
 from .jit import kernel
 from .launch import (
     FP_FUSION,
-    VARYING,
+    VARYING_ROWS,
     AotCase,
     aot_arguments,
     as_matrix,
@@ -75,7 +75,7 @@ def _act_and_slope(z, ACT: tl.constexpr):
     return z * share, slope
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_ROWS)
 def _bias_act_fwd_kernel(
     x_ptr, bias_ptr, out_ptr,  # [rows, cols], or [rows, 2 cols] if GATED; as long or None; [rows, cols] contiguous
     stride_x_row, stride_x_col, n_rows, n_cols,
@@ -99,7 +99,7 @@ def _bias_act_fwd_kernel(
     tl.store(out_ptr + row[:, None] * n_cols + col[None, :], out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_ROWS)
 def _bias_act_bwd_kernel(
     dout_ptr, x_ptr, bias_ptr, dx_ptr,  # [rows, cols], as forward three times; dx contiguous
     dbias_ptr,                          # fp32 [strips, cols or 2 cols], None without bias

@@ -17,7 +17,7 @@ from ._triton import tl
 # Triton 3.10 changes the default: every launch and every compilation ahead of time says it
 FP_FUSION = True
 # sizes that change from batch to batch: one kernel for all of them, or new ones would be compiled in mid-run
-VARYING = ("n_rows",)
+VARYING_ROWS = ("n_rows",)
 
 
 @dataclass(frozen=True)
@@ -252,40 +252,40 @@ class AttentionPlan:
     num_stages: int
 
 
-# (block_m, block_n, num_warps) for head sizes up to 64 and up to 128: the largest
+# (block_m, block_n, num_warps) for head sizes up to 64, up to 128 and up to 256: the largest
 # tiles found that spill no register; with " bias" those where a score bias or ALiBi asks for smaller ones
 ATTENTION_TILES = {
-    ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8)),
-    ("sm_80", "fwd bias"): ((64, 32, 4), (64, 64, 8)),
-    ("sm_80", "dq"): ((64, 32, 4), (64, 32, 8)),
-    ("sm_80", "dkdv"): ((32, 32, 4), (32, 64, 8)),
-    ("sm_80", "dkdv bias"): ((32, 32, 4), (16, 32, 8)),
-    ("sm_80", "dbias"): ((64, 32, 8), (64, 16, 8)),
-    ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8)),
-    ("sm_90", "dq"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_90", "dkdv"): ((32, 64, 4), (32, 64, 8)),
-    ("sm_90", "dbias"): ((64, 64, 8), (64, 64, 8)),
-    ("sm_100", "fwd"): ((64, 64, 4), (128, 64, 8)),
-    ("sm_100", "fwd bias"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_100", "dq"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_100", "dkdv"): ((64, 64, 4), (64, 64, 8)),
-    ("sm_100", "dkdv bias"): ((32, 64, 4), (64, 64, 8)),
-    ("sm_100", "dbias"): ((64, 64, 8), (64, 64, 8)),
-    ("float32", "fwd"): ((16, 32, 4), (16, 32, 8)),
-    ("float32", "dq"): ((16, 32, 4), (16, 16, 8)),
-    ("float32", "dkdv"): ((32, 32, 8), (16, 32, 8)),
-    ("float32", "dbias"): ((16, 32, 4), (16, 16, 8)),
+    ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8), (64, 32, 8)),
+    ("sm_80", "fwd bias"): ((64, 32, 4), (64, 64, 8), (64, 32, 8)),
+    ("sm_80", "dq"): ((64, 32, 4), (64, 32, 8), (32, 32, 8)),
+    ("sm_80", "dkdv"): ((32, 32, 4), (32, 64, 8), (16, 32, 8)),
+    ("sm_80", "dkdv bias"): ((32, 32, 4), (16, 32, 8), (16, 32, 8)),
+    ("sm_80", "dbias"): ((64, 32, 8), (64, 16, 8), (32, 16, 8)),
+    ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8), (64, 64, 8)),
+    ("sm_90", "dq"): ((64, 64, 4), (64, 64, 8), (64, 32, 8)),
+    ("sm_90", "dkdv"): ((32, 64, 4), (32, 64, 8), (32, 64, 8)),
+    ("sm_90", "dbias"): ((64, 64, 8), (64, 64, 8), (64, 32, 8)),
+    ("sm_100", "fwd"): ((64, 64, 4), (128, 64, 8), (64, 64, 8)),
+    ("sm_100", "fwd bias"): ((64, 64, 4), (64, 64, 8), (64, 64, 8)),
+    ("sm_100", "dq"): ((64, 64, 4), (64, 64, 8), (64, 32, 8)),
+    ("sm_100", "dkdv"): ((64, 64, 4), (64, 64, 8), (32, 64, 8)),
+    ("sm_100", "dkdv bias"): ((32, 64, 4), (64, 64, 8), (32, 64, 8)),
+    ("sm_100", "dbias"): ((64, 64, 8), (64, 64, 8), (64, 32, 8)),
+    ("float32", "fwd"): ((16, 32, 4), (16, 32, 8), (16, 16, 8)),
+    ("float32", "dq"): ((16, 32, 4), (16, 16, 8), (16, 16, 8)),
+    ("float32", "dkdv"): ((32, 32, 8), (16, 32, 8), (16, 16, 8)),
+    ("float32", "dbias"): ((16, 32, 4), (16, 16, 8), (16, 16, 8)),
 }
-# the longest sequences of the short form, likewise: up to there its kernels spill no register
+# the longest sequences of the short form, likewise: up to there its kernels spill no register; 0: it has none
 ATTENTION_SHORT_LENGTHS = {
-    ("sm_80", "fwd"): (128, 64),
-    ("sm_80", "bwd"): (32, 16),
-    ("sm_90", "fwd"): (128, 128),
-    ("sm_90", "bwd"): (128, 64),
-    ("sm_100", "fwd"): (128, 128),
-    ("sm_100", "bwd"): (64, 64),
-    ("float32", "fwd"): (32, 16),
-    ("float32", "bwd"): (32, 16),
+    ("sm_80", "fwd"): (128, 64, 0),
+    ("sm_80", "bwd"): (32, 16, 0),
+    ("sm_90", "fwd"): (128, 128, 0),
+    ("sm_90", "bwd"): (128, 64, 0),
+    ("sm_100", "fwd"): (128, 128, 0),
+    ("sm_100", "bwd"): (64, 64, 0),
+    ("float32", "fwd"): (32, 16, 0),
+    ("float32", "bwd"): (32, 16, 0),
 }
 
 
@@ -302,7 +302,7 @@ def attention_plan(
     """
     chip = _attention_chip(element_size, capability)
     tiles = ATTENTION_TILES.get((chip, f"{direction} bias")) if bias else None
-    tiles = (tiles or ATTENTION_TILES[chip, direction])[head_size > 64]
+    tiles = (tiles or ATTENTION_TILES[chip, direction])[_size_class(head_size)]
     return _cut(tiles, _block(max_seqlen), _block(head_size), 2 if element_size == 2 else 1)
 
 
@@ -318,12 +318,17 @@ def _cut(tiles, longest, block_d, num_stages):
 
 @cache
 def attention_short_plan(
-    head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str
+    head_size: int, element_size: int, capability: int, max_seqlen: int, direction: str, group: int = 1
 ) -> AttentionPlan | None:  # fmt: skip
-    """The plan of the short form's "fwd" or "bwd" kernel, or None where the long form runs; arguments as above."""
+    """The plan of the short form's "fwd" or "bwd" kernel, or None where the long form runs; arguments as above.
+
+    Args:
+        group: heads of queries that share a K/V head: their gradients are summed by the long form alone.
+    """
     chip = _attention_chip(element_size, capability)
     block_s, block_d = _block(max_seqlen), _block(head_size)
-    if block_s > ATTENTION_SHORT_LENGTHS[chip, direction][head_size > 64]:
+    longest = ATTENTION_SHORT_LENGTHS[chip, direction][_size_class(head_size)]
+    if block_s > longest or (direction == "bwd" and group > 1):
         return None
     if direction == "bwd" and block_s >= 64:
         block_d = max(block_d, 64)  # it is the rows of dqᵀ: a matrix instruction of sm_90 and sm_100 has 64
@@ -331,6 +336,11 @@ def attention_short_plan(
     few = chip == "sm_100" and direction == "fwd" and block_d <= 32
     num_warps = 8 if block_s == 128 and not few else 4
     return AttentionPlan(block_m=block_s, block_n=block_s, block_d=block_d, num_warps=num_warps, num_stages=1)
+
+
+def _size_class(head_size):
+    """The place of a head size in the tables of tiles."""
+    return (head_size > 64) + (head_size > 128)
 
 
 def _attention_chip(element_size, capability):

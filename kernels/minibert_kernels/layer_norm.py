@@ -26,7 +26,7 @@ from .jit import kernel
 from .launch import (
     FP_FUSION,
     NORM_MAX_COLS,
-    VARYING,
+    VARYING_ROWS,
     AotCase,
     aot_arguments,
     as_matrix,
@@ -56,7 +56,7 @@ def centre_rows(total, in_row, n_cols):
     return tl.where(in_row, total - rest[:, None], 0.0), mean + rest
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_ROWS)
 def _dropout_add_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # [rows, cols] twice, [cols] twice; residual and bias may be None
     seed_ptr, rows_ptr,                         # with DROPOUT only: int64 scalar, int64 [rows] or None for 0, 1, ...
@@ -102,7 +102,7 @@ def _dropout_add_norm_fwd_kernel(
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_tile)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_ROWS)
 def _dropout_add_norm_bwd_kernel(
     dout_ptr, dtotal_ptr, total_ptr, stats_ptr,  # [rows, cols] three times, the second or None; as forward
     weight_ptr, seed_ptr, rows_ptr,

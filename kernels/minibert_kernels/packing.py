@@ -16,12 +16,12 @@ from . import reference
 from ._triton import tl
 from .dispatch import check_device, check_sequences, on_host, use_triton
 from .jit import kernel
-from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div, gather_plan, on_device
+from .launch import FP_FUSION, VARYING_ROWS, AotCase, aot_arguments, ceil_div, gather_plan, on_device
 from .op import Op
 from .segment import segment_sum
 
 
-@kernel(varying=("n_source", "n_inner", *VARYING))
+@kernel(varying=("n_source", "n_inner", *VARYING_ROWS))
 def _gather_rows_kernel(
     x_ptr, index_ptr, out_ptr,  # [outer, inner, cols], int64 [rows] into outer * inner, [rows, cols] contiguous
     stride_x_outer, stride_x_inner, stride_x_col, n_source, n_inner, n_rows, n_cols,

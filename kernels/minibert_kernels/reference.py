@@ -13,13 +13,14 @@ from .philox import attention_keep, fold, keep_scale, philox, row_keep
 
 def attention(
     q, k, v, cu_seqlens, max_seqlen, *, dropout=0.0, seed=0, seq_ids=None, scale=None, causal=False, window=None,
-    score_bias=None, alibi_slopes=None, return_lse=False, schedule=None,
+    score_bias=None, alibi_slopes=None, return_lse=False, schedule=None, num_kv_heads=None,
 ):  # fmt: skip
     """See `minibert_kernels.attention`; a schedule changes no value."""
-    q, k, v = q.unbind(1) if k is None else (q, k, v)
+    q, k, v = split_projection(q, k, v, num_kv_heads)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SequenceLayout(cu_seqlens, max_seqlen, q.shape[0])
-    q, k, v = (layout.pad(x).transpose(1, 2) for x in (q, k, v))  # [B, H, S, d]
+    heads = q.shape[1]
+    q, k, v = (repeat_heads(layout.pad(x).transpose(1, 2), heads) for x in (q, k, v))  # [B, H, S, d]
     bias = layout.score_terms(q.dtype, causal, window, score_bias, alibi_slopes)
     if dropout == 0.0 and score_bias is None and not return_lse:
         return layout.unpad(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2))
@@ -34,14 +35,31 @@ def attention(
 def attention_probs(
     q, k, cu_seqlens, max_seqlen, *, scale=None, causal=False, window=None, score_bias=None, alibi_slopes=None
 ):  # fmt: skip
-    """The attention map [B, H, S, S] that `attention` never writes, before dropout; zero at padding."""
+    """The attention map [B, H, S, S] that `attention` never writes, before dropout; zero at padding. k may have fewer
+    heads."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SequenceLayout(cu_seqlens, max_seqlen, q.shape[0])
-    q, k = (layout.pad(x).transpose(1, 2) for x in (q, k))
+    heads = q.shape[1]
+    q, k = (repeat_heads(layout.pad(x).transpose(1, 2), heads) for x in (q, k))
     bias = layout.score_terms(q.dtype, causal, window, score_bias, alibi_slopes)
     scores = q @ k.mT * scale + (0 if bias is None else bias)
     probs = scores.softmax(-1) if score_bias is None else softmax(scores)
     return probs * layout.valid[:, None, :, None] * layout.valid[:, None, None, :]
+
+
+def split_projection(q, k, v, num_kv_heads=None):
+    """q [T, H, d], k and v [T, H_kv, d] of a fused projection [T, 3, H, d], or [T, H + 2 num_kv_heads, d]; or as they
+    are."""
+    if k is not None:
+        return q, k, v
+    if num_kv_heads is None:
+        return q.unbind(1)
+    return q.split((q.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), 1)
+
+
+def repeat_heads(x, heads):
+    """[B, H_kv, ...] to [B, heads, ...]: each K/V head for the queries' heads that share it, which are neighbours."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def softmax(scores):

@@ -163,8 +163,11 @@ def seconds(
     return limits[bound], bound
 
 
-# matrix products and activation rows of 2 · d bytes of each attention kernel
-ATTENTION = {"fwd": (2, 4), "dq": (3, 6), "dkdv": (4, 6), "dbias": (2, 4), "short fwd": (2, 4), "short bwd": (5, 7)}
+# of each attention kernel: matrix products, and activation rows of 2 · d bytes a head of queries and a K/V head
+ATTENTION = {
+    "fwd": (2, 2, 2), "dq": (3, 4, 2), "dkdv": (4, 2, 4), "dbias": (2, 2, 2), "short fwd": (2, 2, 2),
+    "short bwd": (5, 3, 4),
+}  # fmt: skip
 # bytes an element of a row moved by forward and backward, at the types of the compiled plans
 ROW_BYTES = {
     "bias_gelu": (4, 6), "bias_geglu": (6, 10), "bias_swiglu": (6, 10), "dropout_add_norm": (8, 8),
@@ -179,12 +182,13 @@ def kernel_work(op: str, direction: str, plan: str, length: int = LENGTH, heads:
         length: of the sequences of a long form; a short form has its own. heads: of attention.
     """
     number = {name: int(n) for n, name in re.findall(r"(\d+) (columns|tokens)", plan)}
-    number |= {name: int(n) for name, n in re.findall(r"(d=|V=|short )(\d+)", plan)}
+    number |= {name: int(n) for name, n in re.findall(r"(d=|V=|short |group )(\d+)", plan)}
     if op == "attention":
         form = "short " + direction if "short " in number else direction if direction == "fwd" else plan.split()[0]
-        products, rows = ATTENTION[form]
+        products, rows, kv_rows = ATTENTION[form]
         scores, d = heads * number.get("short ", length), number["d="]
-        return Work(bytes=heads * rows * 2 * d, flops=2 * products * scores * d, exponentials=scores)
+        rows = heads * rows + heads / number.get("group ", 1) * kv_rows
+        return Work(bytes=rows * 2 * d, flops=2 * products * scores * d, exponentials=scores)
     if op == "linear_cross_entropy":
         gradient, vocab = "gradient" in plan, number["V="]
         again = gradient and cross_entropy_plan(vocab).block < vocab  # a wide row is read twice

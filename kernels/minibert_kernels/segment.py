@@ -16,15 +16,15 @@ import torch
 
 from ._triton import tl, triton
 from .jit import kernel
-from .launch import FP_FUSION, VARYING, AotCase, aot_arguments, ceil_div, on_device
+from .launch import FP_FUSION, VARYING_ROWS, AotCase, aot_arguments, ceil_div, on_device
 
 ROWS = 64  # of a chunk: all in flight at once, and few enough that as many runs cost little arithmetic
 STEP = 32  # chunks that the second kernel adds at a time
 BLOCK = 1024  # keys a program writes
-VARYING = ("n_source", "second", "third", "size", *VARYING)
+VARYING_TABLES = ("n_source", "second", "third", "size", *VARYING_ROWS)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_TABLES)
 def _keys_kernel(
     index_ptr, second_index_ptr, third_index_ptr,  # int64 [n_source]; the others may be None
     keys_ptr, n_source, second, third, size,       # [tables * n_source]; second and third: where their keys begin
@@ -62,7 +62,7 @@ def _store_sum(total, key, out_ptr, second_ptr, third_ptr, second, third, col, n
             tl.store(third_ptr + row - third.to(tl.int64) * n_cols, total, mask=in_row)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_TABLES)
 def _segment_sum_kernel(
     x_ptr, keys_ptr, order_ptr,    # [n_source, cols], [rows] sorted, int64 [rows]: which key it was before the sort
     out_ptr, second_ptr, third_ptr, partial_ptr,  # tables of zeros; fp32 [chunks, 2, cols]: of the run before, after
@@ -98,7 +98,7 @@ def _segment_sum_kernel(
         key = tl.min(tl.where(wanted & (keys > key), keys, size), axis=0)
 
 
-@kernel(varying=VARYING)
+@kernel(varying=VARYING_TABLES)
 def _crossing_runs_kernel(
     keys_ptr, partial_ptr, out_ptr, second_ptr, third_ptr, n_rows, n_cols, second, third, size,
     ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -247,15 +247,17 @@ def cases() -> list[Case]:
                 forward=wide + row, backward=2 * wide + row,
             )
         )  # fmt: skip
-    for length, rows in ((128, 7), (256, 8)):  # the short form's backward does not read the output
-        heads, size = 2, 64
-        qkv = half(2 * length, 3, heads, size).unbind(1)
+    # the short form's backward does not read the output
+    for length, rows, group in ((128, 3, 1), (256, 4, 1), (256, 4, 2)):
+        heads, kv_heads, size = 2, 2 // group, 64
+        qkv = half(2 * length, heads + 2 * kv_heads, size).split((heads, kv_heads, kv_heads), 1)
         cuts = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+        q, k = (x.nbytes for x in qkv[:2])
         found.append(
             Case(
-                op="attention", label=f"S={length}",
+                op="attention", label=f"S={length}" + " grouped" * (group > 1),
                 call=lambda q, k, v, cuts, n=length: attention(q, k, v, cuts, n, dropout=0.1, backend="triton"),
-                activations=(*qkv, cuts), forward=4 * qkv[0].nbytes, backward=rows * qkv[0].nbytes, tokens=2 * length,
+                activations=(*qkv, cuts), forward=2 * q + 2 * k, backward=rows * q + 4 * k, tokens=2 * length,
             )
         )  # fmt: skip
     ids = torch.randint(1000, (TOKENS,), generator=generator)

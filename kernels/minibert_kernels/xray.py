@@ -219,7 +219,8 @@ def counted_label(op: str, plan: str) -> str | None:
     Widths, head sizes and lengths may differ, and float16 stands for bfloat16; what is read or written may not.
     """
     if op == "attention":
-        return None if "bias" in plan else "S=128" if "short" in plan else "S=256"
+        form = "S=128" if "short" in plan else "S=256 grouped" if "group" in plan else "S=256"
+        return None if "bias" in plan else form
     if op == "dropout_add_norm":
         return "dropout" if "dropout" in plan else ""
     if op == "linear_cross_entropy":

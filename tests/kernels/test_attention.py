@@ -503,8 +503,11 @@ def test_under_autocast_the_kernel_runs_in_the_dtype_of_autocast(device):
     [
         ({"q": torch.zeros(5, 8)}, r"q is \[5, 8\]: expected \[T, H, d\]"),
         ({"q": torch.zeros(5, 2, 0)}, r"q is \[5, 2, 0\]"),
-        ({"k": torch.zeros(5, 1, 8)}, r"k is torch.float32 \[5, 1, 8\]: expected q's torch.float32 \[5, 2, 8\]"),
+        ({"k": torch.zeros(4, 2, 8)}, r"k is torch.float32 \[4, 2, 8\]: expected torch.float32 \[5, H_kv, 8\]"),
+        ({"k": torch.zeros(5, 2)}, r"k is torch.float32 \[5, 2\]: expected"),
+        ({"v": torch.zeros(5, 1, 8)}, r"v is torch.float32 \[5, 1, 8\]: expected torch.float32 \[5, 2, 8\]"),
         ({"v": torch.zeros(5, 2, 8).half()}, r"v is torch.float16 \[5, 2, 8\]"),
+        ({"v": None}, "v is None: expected torch.float32"),
         ({"v": torch.zeros(5, 2, 8, device="meta")}, "v is on meta, q is on cpu"),
         ({"cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens is torch.int64 \[2\]: expected int32 \[B \+ 1\]"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"cu_seqlens is torch.int32 \[0\]"),
@@ -561,7 +564,7 @@ def test_plans_fit_the_call(capability, direction):
                     plan = attention_plan(head_size, element_size, capability, max_seqlen, direction, bias)
                     assert plan.block_d == block_d
                     assert 16 <= plan.block_m <= longest and 16 <= plan.block_n <= longest
-                    assert op.SCHEDULE_TILE % plan.block_m == op.SCHEDULE_TILE % plan.block_n == 0
+                    assert 128 % plan.block_m == 128 % plan.block_n == 0
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])

@@ -98,7 +98,7 @@ def run(call):
         return op(**given, **options, backend="triton")
 
     # attention's last programs have no tile: they fill rows of no sequence
-    with few_programs(ends=4 + FILLERS), guarded() as launches:
+    with few_programs(ends=4 + FILLERS.value), guarded() as launches:
         with torch.no_grad():
             outs = triton(**tensors)
         outs = outs if isinstance(outs, tuple) else (outs,)
