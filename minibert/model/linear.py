@@ -1,8 +1,5 @@
 """A linear layer whose input goes on as a residual: in backward, one product adds the gradients of both ways."""
 
-import sys
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +42,7 @@ def linear_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
     Where x is used in two places, autograd adds their two gradients: it reads both and writes a third. Here the product
     that makes one of them begins with the other, and rounds once: dx = dresidual + dy · weight, written over dresidual
-    unless somebody else holds that. Autocast, second derivatives and the gradients of weight and bias are as of
+    after `may_write_over_gradient`. Autocast, second derivatives and the gradients of weight and bias are as of
     F.linear; which it is, with x itself, where there would be nothing to save: without a gradient, in
     `torch.compile`, which fuses the sum, and for inputs that autocast has yet to round.
 
@@ -86,11 +83,11 @@ class _Fork(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
+        ctx.writes_over = False
         return F.linear(x, weight, bias), x
 
     @staticmethod
     def backward(ctx, dy, dresidual):
-        alone = dresidual is not None and not torch.is_grad_enabled() and _uses(dresidual) == _alone()
         if dy is None:
             return dresidual, None, None
         x, weight = ctx.saved_tensors
@@ -99,7 +96,7 @@ class _Fork(torch.autograd.Function):
             total = None if dresidual is None else dresidual.reshape(-1, x.shape[-1])
             if total is None:
                 dx = rows @ weight
-            elif alone and dresidual.is_contiguous():
+            elif ctx.writes_over and dresidual.is_contiguous() and not torch.is_grad_enabled():
                 dx = total.addmm_(rows, weight)
             else:  # on a GPU torch copies it first (at least up to 2.13), and nothing is saved
                 dx = torch.addmm(total, rows, weight)
@@ -115,32 +112,10 @@ class _Fork(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Fork).apply
 
 
-def _uses(gradient):
-    """How often a gradient, and its memory, is held: by Python, and by tensors and storages."""
-    return sys.getrefcount(gradient), torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
-
-
-class _Probe(torch.autograd.Function):
-    """What `_uses` says of a gradient that nobody but a backward holds."""
-
-    @staticmethod
-    def forward(ctx, x, found):
-        ctx.found = found
-        return x.clone(), x
-
-    @staticmethod
-    def backward(ctx, dy, dresidual):
-        ctx.found.append(_uses(dresidual))
-        return dresidual, None
-
-
-@cache
-def _alone():
-    found = []
-    with torch.inference_mode(False), torch.enable_grad():
-        y, x = _Probe.apply(torch.ones(1, device="cpu", requires_grad=True), found)
-        (y.square() + x.square()).backward()
-    return found[0]
-
-
-_alone()  # now, where no mode is on and no backward runs
+def may_write_over_gradient(residual: Tensor) -> None:
+    """Say that the gradient of `residual` will be memory that its one user makes for it and gives to nobody else."""
+    if torch.compiler.is_compiling():
+        return
+    node = residual.grad_fn
+    if getattr(node, "_forward_cls", None) is _Fork:
+        node.writes_over = True

@@ -7,6 +7,7 @@ from minibert_kernels import dropout_add_norm
 
 from ..config import BertConfig
 from .context import Context
+from .linear import may_write_over_gradient
 
 
 class LayerNorm(nn.Module):
@@ -23,6 +24,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, ctx: Context, residual: Tensor | None = None) -> Tensor:
         drop = {} if self.site is None else ctx.drop(self.dropout, self.site)
         rows = ctx.rows if drop else None
+        if drop and residual is not None:  # else the residual's gradient is that of x, too
+            may_write_over_gradient(residual)
         return dropout_add_norm(
             x, residual, self.weight, self.bias, **drop, rows=rows, eps=self.eps, kind=self.kind, backend=ctx.backend
         )

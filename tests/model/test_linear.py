@@ -102,29 +102,43 @@ def test_second_derivatives_are_those_of_a_linear_layer():
     assert torch.autograd.gradcheck(call, tensors) and torch.autograd.gradgradcheck(call, tensors)
 
 
-@pytest.mark.parametrize("holder", ["nobody", "a hook", "a hook, by a view", "the caller", "another op"])
-def test_a_gradient_that_somebody_holds_is_not_written_over(holder):
-    held, tensors = [], inputs(13)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_gradient_is_written_over_only_where_its_user_says_it_may(own):
+    tensors = inputs(13)
     y, x = linear_with_residual(*tensors)
-    other = torch.zeros_like(x, requires_grad=True)
-    if holder.startswith("a hook"):
-        x.register_hook(lambda g: held.append(g.view(-1) if "view" in holder else g) or None)
-    # a sum gives both the same gradient
-    total, factor = (x + other, 1) if holder == "another op" else (x * 1.5, 1.5**2)
-    wanted = [*tensors, *{"the caller": [x], "another op": [other]}.get(holder, [])]
-    results, loss = [], y.sin().sum() + total.square().sum()
-    calls = counted(lambda: results.extend(torch.autograd.grad(loss, wanted)))
-    held += results[3:]
-    expected = 2 * factor * tensors[0].detach()
-    for gradient in held:
-        torch.testing.assert_close(gradient.view(expected.shape), expected)
-    assert len(held) == (holder != "nobody")
-    assert calls["aten::addmm_"] == (holder == "nobody") and calls["aten::addmm"] == (holder != "nobody")
+    if own:
+        linear.may_write_over_gradient(x)
+    held, results, loss = [], [], y.sin().sum() + (x * 1.5).square().sum()
+    if not own:
+        x.register_hook(held.append)
+    calls = counted(lambda: results.extend(torch.autograd.grad(loss, tensors)))
+    assert (calls["aten::addmm_"], calls["aten::addmm"]) == (own, not own)
+    expected = 2 * 1.5**2 * tensors[0].detach()
+    torch.testing.assert_close(held, [] if own else [expected])
     torch.testing.assert_close(results[0] - torch.autograd.grad(F.linear(*tensors).sin().sum(), tensors)[0], expected)
 
 
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_whoever_asks_for_a_gradient_inside_of_a_block_gets_it(monkeypatch, dropout):
+    """Where nothing is dropped, the residual's gradient is that of the block's other half, too."""
+    found, calls = [], []
+    for forks in (True, False):
+        if not forks:
+            monkeypatch.setattr(linear, "_forks", lambda *_: False)
+        model, states = build(BertModel, train=True, hidden_dropout_prob=dropout), []
+        for name, module in model.encoder.named_modules():
+            if name.count(".") == 2:
+                module.register_forward_hook(lambda module, args, out: states.append(out))  # noqa: B023
+        loss = model(packed(padded((7, 1, 5))), seed=5).last_hidden_state.sin().sum()
+        calls.append(counted(lambda: found.append(torch.autograd.grad(loss, states))))  # noqa: B023
+    assert len(found[0]) == 4 * model.config.num_hidden_layers
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    # of the first layer's qkv there is no gradient to be had
+    assert calls[0]["aten::addmm_"] == (2 * model.config.num_hidden_layers - 1) * (dropout > 0)
+
+
 @pytest.mark.parametrize(("backend", "changes"), [
-    ("reference", {}), ("reference", {"ffn": "geglu", "position": "rotary", "hidden_dropout_prob": 0.0}),
+    ("reference", {}), ("reference", {"ffn": "geglu", "position": "rotary", "norm": "rmsnorm"}),
     pytest.param("triton", {}, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the device")),
 ])  # fmt: skip
 def test_a_step_adds_no_gradients_of_residuals(monkeypatch, backend, changes):
