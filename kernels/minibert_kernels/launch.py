@@ -218,10 +218,14 @@ class MaskingPlan:
 
 
 @cache
-def masking_plan(max_seqlen: int) -> MaskingPlan:
-    """The plan of `mlm_mask`: 8 tokens a thread, and more where 16 warps would have too few registers each."""
+def masking_plan(max_seqlen: int, reach: int = 1) -> MaskingPlan:
+    """The plan of `mlm_mask`: 8 tokens a thread; of more than 2048 tokens 16, where spans take no registers.
+
+    Args:
+        reach: tokens of the longest span; 1 for tokens and words.
+    """
     log_block = max(max_seqlen - 1, 15).bit_length()
-    return MaskingPlan(log_block=log_block, num_warps=min(max(1 << log_block >> 8, 1), 8))
+    return MaskingPlan(log_block=log_block, num_warps=min(max(1 << log_block >> 8, 1), 16 if reach > 1 else 8))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def _mlm_mask_kernel(
     position = tl.arange(0, 1 << LOG_BLOCK)
     in_seq = position < length
     token = first_token + position
-    ids = tl.load(ids_ptr + token * stride_ids, mask=in_seq, other=0)
+    ids = tl.load(ids_ptr + token * stride_ids, mask=in_seq, other=0).to(tl.int32)  # half the registers
     candidate = in_seq & (tl.load(special_ptr + ids, mask=in_seq, other=1) == 0)
 
     first, base = position, position
@@ -124,8 +124,8 @@ def _mlm_mask_kernel(
         token = start + position
         outside = token < n_tokens - inside
         token = tl.where(token < begin, token, token + inside)
-        ids = tl.load(ids_ptr + token * stride_ids, mask=outside, other=0)
-        tl.store(masked_ptr + token, ids, mask=outside)
+        as_it_was = tl.load(ids_ptr + token * stride_ids, mask=outside, other=0)
+        tl.store(masked_ptr + token, as_it_was, mask=outside)
         tl.store(labels_ptr + token, tl.full([1 << LOG_BLOCK], -100, tl.int64), mask=outside)
 
 
@@ -149,7 +149,7 @@ def _run_forward(
         return masked, labels
     if len(cu_seqlens) == 1:
         return masked.copy_(ids), labels.fill_(-100)
-    plan = masking_plan(max_seqlen)
+    plan = masking_plan(max_seqlen, len(reach))
     counters = (None if t is None else t.contiguous() for t in (seq_ids, epochs))
     tables = (None if t is None else t.contiguous() for t in (special, continues, ordinary))
     with on_device(ids):
@@ -263,12 +263,13 @@ def aot_cases(capability):
 
 
 def _aot_case(max_seqlen, unit, choose):
-    plan = masking_plan(max_seqlen)
+    reach = span_reach(unit, 10)
+    plan = masking_plan(max_seqlen, len(reach))
     pointers = ("ids", "seed", "ordinary", "masked", "labels", "seq_ids", "epochs")
     known = {f"{name}_ptr": "*i64" for name in pointers} | {"cu_seqlens_ptr": "*i32", "special_ptr": "*i1"}
     known |= {"continues_ptr": "*i1" if unit == "word" else None}
     known |= {"stride_ids": 1, "n_tokens": 16384, "n_ordinary": 30519, "mask_id": 103}
-    flags = {"RATE": 0.15, "REACH": span_reach(unit, 10), "CHOOSE": choose, "LOG_BLOCK": plan.log_block}
+    flags = {"RATE": 0.15, "REACH": reach, "CHOOSE": choose, "LOG_BLOCK": plan.log_block}
     label = f"{max_seqlen} tokens, {unit}{'' if choose else ', exact K'}"
     arguments = aot_arguments(_mlm_mask_kernel, **known, **flags)
     return AotCase(
