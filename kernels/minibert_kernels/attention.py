@@ -10,13 +10,19 @@ and dS, summed over the sequences and heads that share it, is the gradient of th
 
 In units of one activation row (T x H x d elements) forward moves 4: q, k, v in, the output out. Backward moves 8: q, k,
 v, output, its gradient in, three gradients out; plus what the long form's second kernel reads again. The short form
-moves 7, for it needs no output. The three gradients lie in one buffer [T, 3, H, d], as those of a fused projection.
+moves 7, for it needs no output. The three gradients lie in one buffer [T, H + 2 H_kv, d], as those of a fused
+projection.
+
+Fewer K/V heads than heads of q (grouped-query attention) are read by each head of q that shares them. A program of dk
+and dv has a tile of a K/V head, and goes through the queries of the whole group in one loop. Of the rows above those of
+k, v and their gradients then shrink to H_kv / H.
 
 Rows before the first sequence and after the last are zero, and so are their gradients: a few programs more than there
 are tiles fill them, and return at once where there are none.
 
 There are two forms, chosen by the launch plan: `attention_short` for at most 128 tokens a sequence, where a head's map
-is one tile, and `attention_long`. Neither has atomics: the same call gives the same bits.
+is one tile, and `attention_long`, which also takes heads of more than 128 dimensions, and the backward of groups.
+Neither has atomics: the same call gives the same bits.
 """
 
 import math

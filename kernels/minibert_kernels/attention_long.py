@@ -3,7 +3,9 @@
 Forward keeps a running maximum and sum of each row while it walks over the keys (Milakov and Gimelshein, 2018; Dao et
 al., 2022). Backward is two kernels, one over query tiles for dq and delta = rowsum(dout ⊙ out), one over key tiles for
 dk and dv: no atomics, and the same call gives the same bits. The second forms its scores as k qᵀ, [keys, queries],
-because on Hopper a transposed result of a product must not be an operand.
+because on Hopper a transposed result of a product must not be an operand. Where GROUP heads of q share a K/V head, its
+one loop goes through the tiles of queries of one head after another, and not a loop through heads and one through tiles:
+ptxas serialises Hopper's matrix products where two loops share an accumulator.
 
 A program has a tile of a head, in the order of a schedule or of the sequences.
 """
@@ -30,6 +32,12 @@ from .attention_tile import (
     unit,
 )
 from .jit import kernel
+
+# the tile that needs a mask comes first, outside of any loop (APART): ptxas serialises Hopper's matrix products, which
+# have 64 rows, in two loops that share an accumulator if one may be empty, and in one loop that draws a mask. Smaller
+# tiles of wide heads are multiplied by Ampere's, and have one loop, in which every tile is masked: Triton 3.9 would
+# keep operands of a first tile in registers, and they have none to spare
+NARROW, MATRIX_ROWS = tl.constexpr(128), tl.constexpr(64)
 
 
 @triton.jit
@@ -92,16 +100,16 @@ def _attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, last = _keys_of(m0, length, terms.band, BLOCK_M, BLOCK_N)
-    # the tile that needs a mask comes first, outside of any loop: ptxas serialises the matrix products of two loops, of
-    # which one may be empty, that share an accumulator
-    peak, total, acc = _add_keys(
-        last, peak, total, acc, q, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
-        dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=True,
-    )  # fmt: skip
-    for n0 in range(begin, last, BLOCK_N):
+    APART: tl.constexpr = BLOCK_D <= NARROW or BLOCK_M >= MATRIX_ROWS
+    if APART:
+        peak, total, acc = _add_keys(
+            last, peak, total, acc, q, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
+            dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=True,
+        )  # fmt: skip
+    for n0 in range(begin, last if APART else last + BLOCK_N, BLOCK_N):
         peak, total, acc = _add_keys(
             n0, peak, total, acc, q, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
-            dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=terms.band is not None,
+            dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=terms.band is not None or not APART,
         )  # fmt: skip
     if dropout.seed_ptr is not None:
         acc *= keep_scale(dropout)
@@ -170,14 +178,16 @@ def _attention_bwd_dq_kernel(
     slope = slope_of(terms, head)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, last = _keys_of(m0, length, terms.band, BLOCK_M, BLOCK_N)
-    dq = _add_to_dq(
-        last, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope,
-        terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=True,
-    )  # fmt: skip
-    for n0 in range(begin, last, BLOCK_N):
+    APART: tl.constexpr = BLOCK_D <= NARROW or BLOCK_M >= MATRIX_ROWS
+    if APART:
+        dq = _add_to_dq(
+            last, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length,
+            slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=True,
+        )  # fmt: skip
+    for n0 in range(begin, last if APART else last + BLOCK_N, BLOCK_N):
         dq = _add_to_dq(
             n0, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length,
-            slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=terms.band is not None,
+            slope, terms, dropout, HEAD_SIZE, BLOCK_D, BLOCK_M, BLOCK_N, MASKED=terms.band is not None or not APART,
         )  # fmt: skip
     grads_strides = (heads_of_gradients(num_heads, GROUP) * HEAD_SIZE, HEAD_SIZE, 1)
     dq_tile = pointers(grads_ptr, grads_strides, own, head, BLOCK_M, BLOCK_D)
@@ -255,11 +265,14 @@ def _attention_bwd_dkdv_kernel(
         end = tl.minimum(n0 + BLOCK_N + terms.band[0], length)
     last = (end - 1) // BLOCK_M * BLOCK_M
     span = last + BLOCK_M - begin  # of a member's tiles: those of the group are numbered one member after another
-    dk, dv = _add_to_dkdv(
-        last, GROUP - 1, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens,
-        num_heads, seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_M, GROUP,
-    )  # fmt: skip
-    for place in range(begin, last + (GROUP - 1) * span, BLOCK_M):
+    end = last + (GROUP - 1) * span
+    APART: tl.constexpr = BLOCK_D <= NARROW or BLOCK_N >= MATRIX_ROWS
+    if APART:
+        dk, dv = _add_to_dkdv(
+            last, GROUP - 1, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens,
+            num_heads, seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_M, GROUP,
+        )  # fmt: skip
+    for place in range(begin, end if APART else end + BLOCK_M, BLOCK_M):
         member = (place - begin) // span if GROUP > 1 else 0
         dk, dv = _add_to_dkdv(
             place - member * span, member, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides,

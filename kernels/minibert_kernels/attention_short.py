@@ -5,6 +5,9 @@ products instead of two kernels with seven. It reads q, k, v and dout once (7 ac
 is rowsum(P ⊙ dP), which equals rowsum(dout ⊙ out) and is the more exact, since its rounding cancels that of dP. As in
 the long form, S and dP are formed as [keys, queries], because on Hopper a transposed result of a product must not be an
 operand; dq therefore comes out of kᵀ · dSᵀ as [d, queries] and is stored through transposed addresses.
+
+Where heads of q share K/V heads, forward runs here and backward in the long form: the sums of dk and dv over a group
+would stay in registers beside two whole maps.
 """
 
 from ._triton import tl

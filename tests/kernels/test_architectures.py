@@ -8,6 +8,7 @@ from wide_calls import cuts, qkv, wide
 
 import minibert_kernels as kernels
 from minibert_kernels import dispatch
+from minibert_kernels.attention_tile import SCHEDULE_TILE
 from minibert_kernels.launch import attention_plan, attention_short_plan
 
 pytestmark = pytest.mark.skipif(not dispatch.interpreting(), reason="takes the plans of other GPUs in the interpreter")
@@ -44,7 +45,7 @@ def check(capability, element_size, head_size, max_seqlen, bias):
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("head_size", [24, 72])
+@pytest.mark.parametrize("head_size", [24, 72, 136])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_attention_is_right_with_the_tiles_of_each_architecture(capability, head_size, bias):
     launched = check(capability, 2, head_size, 147, bias)
@@ -52,7 +53,7 @@ def test_attention_is_right_with_the_tiles_of_each_architecture(capability, head
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-@pytest.mark.parametrize("head_size", [24, 72])
+@pytest.mark.parametrize("head_size", [24, 72, 136])
 def test_attention_is_right_with_the_tiles_of_float32_on_a_gpu(head_size, bias):
     assert "_attention_bwd_dq_kernel" in check(90, 4, head_size, 51, bias)
 
@@ -65,8 +66,21 @@ def test_attention_is_right_where_an_architecture_has_a_short_form(capability, h
     assert ("_attention_short_bwd_kernel" in kernels_of) == (capability == 100)
 
 
+@pytest.mark.parametrize("direction", ["fwd", "dq", "dkdv", "dbias"])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+def test_plans_fit_the_call(capability, direction):
+    for head_size, block_d in ((1, 16), (16, 16), (37, 64), (64, 64), (65, 128), (128, 128), (129, 256), (256, 256)):
+        for element_size in (2, 4):
+            for max_seqlen, longest in ((1, 16), (16, 16), (17, 32), (512, 512)):
+                for bias in (False, True):
+                    plan = attention_plan(head_size, element_size, capability, max_seqlen, direction, bias)
+                    assert plan.block_d == block_d
+                    assert 16 <= plan.block_m <= longest and 16 <= plan.block_n <= longest
+                    assert SCHEDULE_TILE.value % plan.block_m == SCHEDULE_TILE.value % plan.block_n == 0
+
+
 def test_consumer_blackwell_has_the_plans_of_ampere():
-    for head_size in (16, 64, 128):
+    for head_size in (16, 64, 128, 256):
         for length in (16, 64, 128, 512):
             for direction in ("fwd", "bwd"):
                 plans = {attention_short_plan(head_size, 2, chip, length, direction) for chip in (80, 120)}

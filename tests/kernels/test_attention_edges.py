@@ -185,7 +185,7 @@ def test_nothing_is_read_or_written_past_the_end(device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op, "_forward_buffers", guarded)
         out, lse = op._run_forward(
-            *(x.detach() for x in arguments[:3]), borders, None, None, None, None, None, 130, 0.25, 0.0, None, None
+            *(x.detach() for x in arguments[:3]), borders, *(None,) * 5, 130, 0.25, 0.0, None, None, None
         )
     assert all(wide[n:].isnan().all() and not wide[:n].isnan().any() for wide, n in made) and len(made) == 2
     assert torch.equal(out, kernel(*arguments))

@@ -60,6 +60,7 @@ class Call:
 
 
 QKV = {"q": (13, 2, 16), "k": (13, 2, 16), "v": (13, 2, 16)}
+GROUPED = {"q": (13, 2, 16), "k": (13, 1, 16), "v": (13, 1, 16)}
 CUTS = {"cu_seqlens": ints(0, 5, 5, 13, dtype=torch.int32)}
 IDS = ints(3, 9, 9, 0, 40, 7, 2, 9, 11)
 CALLS = {
@@ -72,7 +73,7 @@ CALLS = {
     "bias_swiglu": Call(kernels.bias_swiglu, {"x": (9, 38), "bias": (38,)}),
     "attention": Call(kernels.attention, QKV, CUTS, {"max_seqlen": 8, "dropout": 0.3, "seed": SEED}),
     "attention long": Call(
-        kernels.attention, QKV | {"score_bias": (1, 2, 140, 140)}, CUTS,
+        kernels.attention, GROUPED | {"score_bias": (1, 2, 140, 140)}, CUTS,
         {"max_seqlen": 140, "dropout": 0.3, "seed": SEED, "causal": True, "return_lse": True},
     ),
     "embed_norm": Call(

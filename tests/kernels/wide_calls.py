@@ -49,8 +49,8 @@ def cuts(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def qkv(lengths, heads, size):
-    return {name: (sum(lengths), heads, size) for name in "qkv"}
+def qkv(lengths, heads, size, group=1):
+    return {name: (sum(lengths), heads // (1 if name == "q" else group), size) for name in "qkv"}
 
 
 def ids(count, size):
@@ -102,7 +102,7 @@ WIDE = {
         launches=[*LONG_KERNELS, "_attention_bwd_dbias_kernel"],
     ),
     "attention schedule": wide(
-        kernels.attention, qkv(LONG, 2, 16),
+        kernels.attention, qkv(LONG, 2, 16, group=2),
         {"cu_seqlens": cuts(LONG), "schedule": kernels.attention_schedule(cuts(LONG), sum(LONG))},
         max_seqlen=131, launches=LONG_KERNELS,
     ),
