@@ -3,9 +3,9 @@
 Forward keeps a running maximum and sum of each row while it walks over the keys (Milakov and Gimelshein, 2018; Dao et
 al., 2022). Backward is two kernels, one over query tiles for dq and delta = rowsum(dout ⊙ out), one over key tiles for
 dk and dv: no atomics, and the same call gives the same bits. The second forms its scores as k qᵀ, [keys, queries],
-because on Hopper a transposed result of a product must not be an operand. Where GROUP heads of q share a K/V head, its
-one loop goes through the tiles of queries of one head after another, and not a loop through heads and one through tiles:
-ptxas serialises Hopper's matrix products where two loops share an accumulator.
+because on Hopper a transposed result of a product must not be an operand. Where GROUP heads of q share a K/V head, one
+loop goes through the queries of head after head, and not a loop through tiles within one through heads: ptxas
+serialises Hopper's matrix products where two loops share an accumulator.
 
 A program has a tile of a head, in the order of a schedule or of the sequences.
 """

@@ -45,7 +45,10 @@ def compile_plans(tmp_path, *options):
         assert (
             row["spilled_bytes"] == 0 and not row["serialized"] and row["registers"] > 0 and 0 < row["occupancy"] <= 1
         ), row
-        assert set(row["mma"]) == ({MATRIX[row["arch"]]} if row["op"] == "attention" else set()), row
+        # an exception of the limits
+        small = row["arch"] == 90 and re.match(r"d(q|kdv) d=(192|256)", row["plan"])
+        kind = "HMMA" if small else MATRIX[row["arch"]]
+        assert set(row["mma"]) == ({kind} if row["op"] == "attention" else set()), row
         assert row["gpu"] == GPU[row["arch"]] and (row["predicted_us"] is None) == ("crossing" in row["plan"]), row
     return rows
 
