@@ -1,7 +1,7 @@
 """Where there is no GPU, the kernels run in Triton's interpreter: that is decided when Triton is first imported."""
 
-import dataclasses
 import os
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,34 +14,15 @@ torch.set_num_threads(1)  # tests run side by side, a process a core
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
-    """Without what takes half of the interpreter's time and has no effect: it exchanges all functions of its language
-    at each call of a function from a kernel, although the launch has done so, and computes whether integers overflow,
-    which it asserts in its debug mode alone."""
+    """Closed, the interpreter is Triton's own."""
     from minibert_kernels import dispatch  # not before Triton's interpreter is chosen
 
-    if not dispatch.interpreting():
-        yield
-        return
-    from triton.runtime import interpreter
+    with ExitStack() as stack:
+        if dispatch.interpreting():
+            from quick_interpreter import quick
 
-    done = set()
-
-    def call(self, *args, **kwargs):
-        names = self.fn.__globals__
-        languages = frozenset(name for name in ("tl", "core") if name in names)
-        if languages - {"tl"} - done:  # Triton's own functions, which it never takes back
-            interpreter._patch_lang(self.fn)
-            done.update(languages)
-        try:
-            return self.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
-        options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-        patch.setattr(interpreter.interpreter_builder, "options", options)
-        yield
+            stack.enter_context(quick())
+        yield stack
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from instruments import bfloat16, few_programs, guarded, to_bfloat16, to_float32, without_races
+from quick_interpreter import quick
+from test_every_op import CALLS
 from triton.runtime.errors import InterpreterError
 
 from minibert_kernels import dispatch
@@ -106,3 +108,17 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan_and_infinity():
     assert torch.equal(torch.from_numpy(bits.view("int16")), values.bfloat16().view(torch.int16))
     assert torch.equal(torch.from_numpy(to_float32(bits)), values.bfloat16().float())
     assert torch.from_numpy(to_float32(to_bfloat16(torch.tensor([float("nan")]).numpy()))).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["attention", "bias_geglu", "embed_norm", "linear_cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_quick_interpreter_gives_the_bits_of_triton_s_own(name, dtype, quick_interpreter):
+    quicks = CALLS[name].run(dtype=dtype)
+    quick_interpreter.close()
+    try:
+        owns = CALLS[name].run(dtype=dtype)
+    finally:
+        quick_interpreter.enter_context(quick())
+    assert quicks.keys() == owns.keys()
+    for key in owns:
+        assert torch.equal(quicks[key], owns[key]), key
