@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from harness import DTYPES, LAYOUTS, SEED, arrange, check, repeat_with, values_and_gradients
+from harness import DTYPES, LAYOUTS, SEED, arrange, check, pairwise, repeat_with, values_and_gradients
 from tolerance import assert_as_accurate
 
 from minibert_kernels import dispatch, embedding, philox, reference
@@ -85,15 +85,13 @@ def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
     Case.draw(fuzz_seed).run(device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cols", [1, 37, 768, 1024, 8192])
-def test_values_and_gradients_at_the_widths_of_berts(cols, dtype, device, poisoned):
+@pytest.mark.parametrize(("cols", "dtype", "dropout"), pairwise([1, 37, 768, 1024, 8192], DTYPES, [0.0, 0.1]))
+def test_values_and_gradients_at_the_widths_of_berts(cols, dtype, dropout, device, poisoned):
     tokens = 5 if cols == 8192 else 35  # more than one tile a program of the backward
-    for dropout in (0.0, 0.1):
-        Case(
-            seed=cols, tokens=tokens, cols=cols, dtype=dtype, param_dtype=dtype, dropout=dropout,
-            eps=0.1 if cols == 1 else 1e-12,
-        ).run(device)  # fmt: skip
+    Case(
+        seed=cols, tokens=tokens, cols=cols, dtype=dtype, param_dtype=dtype, dropout=dropout,
+        eps=0.1 if cols == 1 else 1e-12,
+    ).run(device)  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -102,7 +100,7 @@ def test_the_tables_of_bert(dtype):
     Case(seed=1, tokens=16384, cols=768, sizes=(30522, 512, 2), dtype=dtype, dropout=0.1).run("cuda")
 
 
-def test_a_wrong_scale_of_the_survivors_fails_and_prints_the_line_that_repeats_it(device, monkeypatch):
+def test_a_wrong_scale_of_the_survivors_fails_and_prints_the_line_that_repeats_it(device, monkeypatch, few_draws):
     monkeypatch.setattr(embedding, "keep_scale", lambda p: 1.0)
     with pytest.raises(AssertionError, match="error") as failure:
         Case(seed=3, tokens=13, cols=37, dropout=0.5).run(device)

@@ -103,7 +103,7 @@ def test_values_and_gradients_at_the_widths_of_berts(trailing, op, dtype, device
     Case(seed=1, op=op, lengths=(5, 0, 12, 1), trailing=trailing, dtype=dtype, picked=13).run(device)
 
 
-def test_a_shifted_row_fails_and_prints_the_line_that_repeats_it(device, monkeypatch):
+def test_a_shifted_row_fails_and_prints_the_line_that_repeats_it(device, monkeypatch, few_draws):
     monkeypatch.setattr(packing, "_forward", lambda x, index, inverse, forward=packing._forward: forward(
         x, (index + 1) % len(x), inverse
     ))  # fmt: skip

@@ -76,7 +76,7 @@ def test_values_and_gradients_at_the_widths_of_berts(cols, op, dtype, device, po
     Case(seed=cols, op=op, shape=(rows, cols), dtype=dtype, bias_dtype=torch.float32).run(device)
 
 
-def test_a_wrong_activation_fails_and_prints_the_line_that_repeats_it(device, monkeypatch):
+def test_a_wrong_activation_fails_and_prints_the_line_that_repeats_it(device, monkeypatch, few_draws):
     monkeypatch.setattr(gelu, "APPROXIMATE", {"none": "tanh", "tanh": "erf"})
     with pytest.raises(AssertionError, match="error") as failure:
         Case(seed=3, op="bias_gelu", shape=(13, 37)).run(device)

@@ -174,7 +174,7 @@ def test_more_chunks_than_a_block_has_are_summed(device, monkeypatch, poisoned):
     lamb._kept_table.cache_clear()
 
 
-def test_a_wrong_correction_of_the_bias_fails_and_prints_the_line_that_repeats_it(device, monkeypatch):
+def test_a_wrong_correction_of_the_bias_fails_and_prints_the_line_that_repeats_it(device, monkeypatch, few_draws):
     monkeypatch.setattr(lamb, "math", SimpleNamespace(log=lambda beta: 1.01 * math.log(beta), inf=math.inf))
     with pytest.raises(AssertionError, match="params of torch.float32: error") as failure:
         Case(seed=3, shapes=((13, 37),)).run(device)
@@ -281,10 +281,10 @@ def test_nothing_beside_the_tensors_is_written(device):
     assert not (memory[0, 0, 3:1030] == 7).any()
 
 
-def test_the_same_call_gives_the_same_bits_50_times(device):
+def test_the_same_call_gives_the_same_bits_every_time(device):
     first = make(device, (37, 13), (16_390,), (5,))
     kernel(*first)
-    for _ in range(49):
+    for _ in range(4 if device == "cpu" else 49):  # the interpreter runs programs one after another
         again = make(device, (37, 13), (16_390,), (5,))
         kernel(*again)
         assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, LAYOUTS, arrange, check, repeat_with, values_and_gradients
+from harness import DTYPES, LAYOUTS, arrange, check, pairwise, repeat_with, values_and_gradients
 
 import minibert_kernels
 from minibert_kernels import dispatch, linear_cross_entropy, reference
@@ -110,14 +110,12 @@ def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
     Case.draw(fuzz_seed).run(device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("vocab", [16384, 30522, 119547])
-def test_values_and_gradients_at_the_vocabularies_of_berts(vocab, way, dtype, device, poisoned):
+@pytest.mark.parametrize(("vocab", "dtype", "way"), pairwise([16384, 30522, 119547], DTYPES, WAYS))
+def test_values_and_gradients_at_the_vocabularies_of_berts(vocab, dtype, way, device, poisoned):
     Case(seed=vocab, rows=3, width=16, vocab=vocab, way=way, dtype=dtype, label_smoothing=0.1).run(device)
 
 
-def test_a_wrong_smoothing_fails_and_prints_the_line_that_repeats_it(device, monkeypatch):
+def test_a_wrong_smoothing_fails_and_prints_the_line_that_repeats_it(device, monkeypatch, few_draws):
     right = op._softmax_by_kernel
     monkeypatch.setattr(op, "_softmax_by_kernel", lambda *a: right(*a[:5], 0.2, *a[6:]))
     with pytest.raises(AssertionError, match="error") as failure:

@@ -82,7 +82,7 @@ def test_the_tables_of_bert(size, dtype):
     Case(seed=size, rows=16384, cols=768, size=size, dtype=dtype, out_dtype=torch.float32).run("cuda")
 
 
-def test_a_lost_part_of_a_run_fails_and_prints_the_line_that_repeats_it(device, monkeypatch):
+def test_a_lost_part_of_a_run_fails_and_prints_the_line_that_repeats_it(device, monkeypatch, few_draws):
     class Idle:
         def __getitem__(self, grid):
             return lambda *arguments, **options: None
