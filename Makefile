@@ -10,6 +10,10 @@ demo: $(SETUP)
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
+# all that needs no GPU: the full products of options, sweeps and repetitions too
+test-all: $(SETUP)
+	$(BIN)/python -m pytest -n 2 -m "not gpu" --fuzz 100
+
 fuzz: $(SETUP)
 	$(BIN)/python -m pytest -n 2 -m "not gpu" -k any_call --fuzz 2000 tests/kernels
 
@@ -53,4 +57,4 @@ bench: $(SETUP)
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --minutes $(or $(MINUTES),9)
 
-.PHONY: demo test test-latest fuzz faults lint xray triton-matrix bench gpu
+.PHONY: demo test test-all test-latest fuzz faults lint xray triton-matrix bench gpu

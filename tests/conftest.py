@@ -9,7 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # tests run side by side, a process a core
+# tests run side by side, a process a core; the variable is for the processes that they start
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,7 +57,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=100, metavar="N", help="seeds of each fuzz test (make fuzz: 2000)")
+    parser.addoption("--fuzz", type=int, default=40, metavar="N", help="seeds of each fuzz test (make test-all: 100)")
 
 
 def pytest_generate_tests(metafunc):
