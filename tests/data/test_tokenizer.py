@@ -200,7 +200,7 @@ print(tokenizer.vocab_size, tokenizer.hash)
 
 
 def test_training_gives_the_same_vocabulary_in_every_process():
-    results = {run_python(TRAIN, PYTHONHASHSEED=str(seed)).stdout for seed in range(4)}
+    results = {run_python(TRAIN, PYTHONHASHSEED=str(seed)).stdout for seed in range(2)}
     assert len(results) == 1 and results.pop().startswith("1200 ")
 
 
