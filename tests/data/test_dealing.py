@@ -5,6 +5,7 @@ import multiprocessing
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from minibert.batch import Batch
 from minibert.data import Mixture, PretrainingData, split_documents
@@ -66,10 +67,8 @@ def dealt(make, size, workers):
     return [shares[number % size, number // size % workers][number // size // workers] for number in range(BATCHES)]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("name", ["pairs", "mixture"])
-def test_samples_pairs_and_masks_are_the_same_on_any_number_of_ranks_and_workers(name, size, workers, streams):
+@pytest.mark.parametrize(("size", "workers", "name"), pairwise([1, 2, 4], [1, 2, 3], ["pairs", "mixture"]))
+def test_samples_pairs_and_masks_are_the_same_on_any_number_of_ranks_and_workers(size, workers, name, streams):
     data, cursor = streams[name](), 0
     for number, (made, behind) in enumerate(dealt(streams[name], size, workers)):
         batch, cursor = data.next_batch(cursor)

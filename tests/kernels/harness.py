@@ -1,9 +1,7 @@
 """What the kernel tests share: inputs in every layout, values with their gradients, and the judge."""
 
 from contextlib import contextmanager
-from itertools import product
 
-import pytest
 import torch
 from tolerance import BACKWARD, FORWARD, assert_as_accurate
 from triton.backends.compiler import GPUTarget
@@ -31,17 +29,6 @@ def arrange(x, layout):
         offset = 8 if layout == "wide rows" else 1
         view = wide[..., offset : offset + x.shape[-1]]
     return view.copy_(x)
-
-
-def pairwise(*axes):
-    """The product of the axes as parameters, of which those are not slow that have every pair of two axes' values.
-
-    The last axis is the shortest one.
-    """
-    for places in product(*(range(len(axis)) for axis in axes)):
-        quick = places[-1] == sum(places[:-1]) % len(axes[-1])
-        values = (axis[place] for axis, place in zip(axes, places, strict=True))
-        yield pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
 def values_and_gradients(op, tensors, douts, **options):

@@ -3,7 +3,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from harness import DTYPES, LAYOUTS, SEED, arrange, check, pairwise, repeat_with, values_and_gradients
+from harness import DTYPES, LAYOUTS, SEED, arrange, check, repeat_with, values_and_gradients
+from pairwise import pairwise
 from tolerance import assert_as_accurate
 
 from minibert_kernels import dispatch, embedding, philox, reference

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, LAYOUTS, SEED, Recorder, arrange, check, pairwise, repeat_with, values_and_gradients
+from harness import DTYPES, LAYOUTS, SEED, Recorder, arrange, check, repeat_with, values_and_gradients
+from pairwise import pairwise
 from tolerance import assert_as_accurate
 
 from minibert_kernels import layer_norm, philox, reference

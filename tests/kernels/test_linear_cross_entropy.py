@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DTYPES, LAYOUTS, arrange, check, pairwise, repeat_with, values_and_gradients
+from harness import DTYPES, LAYOUTS, arrange, check, repeat_with, values_and_gradients
+from pairwise import pairwise
 
 import minibert_kernels
 from minibert_kernels import dispatch, linear_cross_entropy, reference
