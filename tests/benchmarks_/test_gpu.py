@@ -1,5 +1,6 @@
 """The command for a machine with a GPU: all its stages at toy size, and what happens when one goes wrong."""
 
+import importlib
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ def forked(stage, limit, folder, environment):
 def test_dry_run_goes_through_every_stage(how, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)  # what it holds is not compiled
     if how == "forks":
+        importlib.import_module("transformers.models.bert.modeling_bert")  # once, for all that compare with it
         own = gpu.run
         spared = gpu.COMPILING + (gpu.VITAL, gpu.CORRECTNESS)  # outside of the interpreter, first, or with a pytest
 

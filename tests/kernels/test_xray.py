@@ -155,9 +155,10 @@ def test_a_broken_limit_is_named_and_the_exit_code_says_so(tmp_path):
     assert re.fullmatch(r"compiled by triton [\d.]+, ptxas \d+\.[\d.]+, ptxas-blackwell \d+\.[\d.]+", versions)
 
 
-def test_a_wrong_option_is_one_line_and_two(tmp_path):
-    done = python("-m", "minibert_kernels.xray", "--only", "nothing", tmp_path=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "xray: error: only='nothing' matches no kernel\n")
+def test_a_wrong_option_is_one_line_and_two(monkeypatch, capsys):
+    monkeypatch.setattr(xray, "interpreting", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["xray", "--only", "nothing"])
+    assert (xray.main(), capsys.readouterr().err) == (2, "xray: error: only='nothing' matches no kernel\n")
 
 
 @pytest.mark.parametrize(
@@ -197,10 +198,11 @@ def test_rows_are_found_in_an_output_with_and_without_steps(tmp_path):
         assert xray.load_rows(tmp_path / "old.json") == rows
 
 
-def test_the_interpreter_is_refused_in_one_line(tmp_path):
-    done = python("-m", "minibert_kernels.xray", tmp_path=tmp_path, TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "xray: error: needs Triton's compiler: unset TRITON_INTERPRET"
+def test_the_interpreter_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(xray, "interpreting", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["xray"])
+    assert xray.main() == 2
+    assert capsys.readouterr().err == "xray: error: needs Triton's compiler: unset TRITON_INTERPRET\n"
 
 
 @pytest.mark.parametrize(
