@@ -8,11 +8,11 @@ demo: $(SETUP)
 	$(BIN)/minibert demo --out runs/demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 # all that needs no GPU: the full products of options, sweeps and repetitions too
 test-all: $(SETUP)
-	$(BIN)/python -m pytest -n 2 -m "not gpu" --fuzz 100
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --fuzz 100
 
 fuzz: $(SETUP)
 	$(BIN)/python -m pytest -n 2 -m "not gpu" -k any_call --fuzz 2000 tests/kernels
