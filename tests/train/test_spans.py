@@ -58,10 +58,11 @@ def test_spans_of_sound_tags_are_those_they_were_made_of(scheme):
         assert sorted(metrics.sequence_labeling.get_entities(tags)) == sorted(found)  # CoNLL's own reading
 
 
+@pytest.mark.parametrize("cases", [200, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_scores_are_those_of_seqeval(scheme):
+def test_scores_are_those_of_seqeval(scheme, cases):
     draw = random.Random(scheme)
-    for case in range(1000):
+    for case in range(cases):
         make = (lambda: broken(draw, scheme)) if case % 2 else (lambda: sound(draw, scheme)[0])
         targets = [make() for _ in range(draw.randrange(1, 4))]
         given = [
