@@ -1,4 +1,4 @@
-"""Kernels with faults that `xray` must find: `python planted.py spill` (or another) prints what it says of one."""
+"""Kernels with faults that `xray` must find: `python planted.py spill matrix` prints what it says of these two."""
 
 import dataclasses
 import json
@@ -99,5 +99,5 @@ def twice():
 
 
 if __name__ == "__main__":
-    found_rows, found_counts = globals()[sys.argv[1]]()
-    print(json.dumps(xray.faults(found_rows, found_counts, xray.load_limits())))
+    found = {name: xray.faults(*globals()[name](), xray.load_limits()) for name in sys.argv[1:]}
+    print(json.dumps(found))
