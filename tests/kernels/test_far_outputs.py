@@ -8,6 +8,7 @@ counted in int32 by `cu_seqlens`.
 """
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def run(call):
         return op(**given, **options, backend="triton")
 
     # attention's last programs have no tile: they fill rows of no sequence
-    with few_programs(ends=4 + FILLERS.value), guarded() as launches:
+    with few_programs(ends=4 + FILLERS.value), integers_nobody_wrote(), guarded() as launches:
         with torch.no_grad():
             outs = triton(**tensors)
         outs = outs if isinstance(outs, tuple) else (outs,)
@@ -106,8 +107,8 @@ def run(call):
         return values_and_gradients(triton, tensors, douts), launches.seen
 
 
-@pytest.fixture
-def integers_nobody_wrote(monkeypatch):
+@contextmanager
+def integers_nobody_wrote():
     """Fill empty integer tensors, so that an index that a skipped program should have written is seen every time."""
     new_empty = torch.Tensor.new_empty
 
@@ -115,12 +116,14 @@ def integers_nobody_wrote(monkeypatch):
         empty = new_empty(self, *size, dtype=dtype, **options)
         return empty if empty.is_floating_point() else empty.random_(-(2**15), 2**15)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-    monkeypatch.setattr(segment, "BLOCK", 2**14)  # its few programs all run: the sort reads every key
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", filled)
+        patch.setattr(segment, "BLOCK", 2**14)  # its few programs all run: the sort reads every key
+        yield
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_last_of_2_31_elements_are_the_bits_of_the_first(name, integers_nobody_wrote):
+def test_the_last_of_2_31_elements_are_the_bits_of_the_first(name):
     results, launches = run(CALLS[name])
     far = {key: result for key, result in results.items() if result.numel() > FAR}
     assert far, "no result is large enough"
