@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import DTYPES, LAYOUTS, Recorder, arrange, check, repeat_with, values_and_gradients
+from pairwise import pairwise
 
 from minibert_kernels import bias_geglu, bias_gelu, bias_swiglu, gelu, reference
 
@@ -68,9 +69,7 @@ def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
     Case.draw(fuzz_seed).run(device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("cols", [3072, 4096, 32768])
+@pytest.mark.parametrize(("cols", "op", "dtype"), pairwise([3072, 4096, 32768], list(OPS), DTYPES))
 def test_values_and_gradients_at_the_widths_of_berts(cols, op, dtype, device, poisoned):
     rows = 3 if cols == 32768 else 35
     Case(seed=cols, op=op, shape=(rows, cols), dtype=dtype, bias_dtype=torch.float32).run(device)
