@@ -272,12 +272,17 @@ def _attention_bwd_dkdv_kernel(
             last, GROUP - 1, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens,
             num_heads, seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_M, GROUP,
         )  # fmt: skip
+    m0, member = begin, 0
     for place in range(begin, end if APART else end + BLOCK_M, BLOCK_M):
-        member = (place - begin) // span if GROUP > 1 else 0
+        if GROUP == 1:
+            m0 = place
         dk, dv = _add_to_dkdv(
-            place - member * span, member, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides,
+            m0, member, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides,
             num_tokens, num_heads, seq, head, n0, first, length, slope, terms, dropout, HEAD_SIZE, BLOCK_M, GROUP,
         )  # fmt: skip
+        if GROUP > 1:
+            member = tl.where(m0 == last, member + 1, member)
+            m0 = tl.where(m0 == last, begin, m0 + BLOCK_M)
     if dropout.seed_ptr is not None:
         dv *= keep_scale(dropout)
     strides = (heads_of_gradients(num_heads, GROUP) * HEAD_SIZE, HEAD_SIZE, 1)
