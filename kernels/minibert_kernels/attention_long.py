@@ -202,21 +202,26 @@ def _add_to_dkdv(
 ):  # fmt: skip
     """The gradients of a tile of keys and values with those through BLOCK_M queries more, of a member of their group.
 
-    head, slope, q_tile and dout_tile are those of the group's first member.
+    head, slope, q_tile and dout_tile are those of the group's first member. The way to a member is added to a scalar:
+    to tiles of pointers it would take their registers.
     """
     BLOCK_N: tl.constexpr = k.shape[0]
     BLOCK_D: tl.constexpr = k.shape[1]
     if GROUP > 1:
         head += member
         slope = slope_of(terms, head)
-        q_tile += tl.cast(member, tl.int64) * q_strides[1]
-        dout_tile += tl.cast(member, tl.int64) * dout_strides[1]
     row, col = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     in_rows, in_queries = row < length, inside(row, length, HEAD_SIZE, BLOCK_D)
     if dropout.seed_ptr is not None:
         keep = tl.trans(keep_tile(dropout, seq, head, m0, n0, BLOCK_M, BLOCK_N))
-    q = tl.load(q_tile + (first + m0) * q_strides[0], mask=in_queries, other=0.0)
-    dout = tl.load(dout_tile + (first + m0) * dout_strides[0], mask=in_queries, other=0.0)
+    place = (first + m0) * q_strides[0]
+    if GROUP > 1:
+        place += tl.cast(member, tl.int64) * q_strides[1]
+    q = tl.load(q_tile + place, mask=in_queries, other=0.0)
+    place = (first + m0) * dout_strides[0]
+    if GROUP > 1:
+        place += tl.cast(member, tl.int64) * dout_strides[1]
+    dout = tl.load(dout_tile + place, mask=in_queries, other=0.0)
     statistics = head.to(tl.int64) * num_tokens + first + row
     peak, rest = load_lse(lse_ptr, statistics, num_tokens, num_heads, in_rows, terms)
     delta = tl.load(delta_ptr + statistics, mask=in_rows, other=0.0)

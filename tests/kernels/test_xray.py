@@ -46,7 +46,7 @@ def compile_plans(tmp_path, *options):
             row["spilled_bytes"] == 0 and not row["serialized"] and row["registers"] > 0 and 0 < row["occupancy"] <= 1
         ), row
         # an exception of the limits
-        small = re.match(r"d(q|kdv) d=(192|256) .* 90|dq d=(192|256) .* 100", f"{row['plan']} {row['arch']}")
+        small = re.match(r"d(q|kdv) d=(192|256) .* 90|dq d=192 .* 100", f"{row['plan']} {row['arch']}")
         kind = "HMMA" if small else MATRIX[row["arch"]]
         assert set(row["mma"]) == ({kind} if row["op"] == "attention" else set()), row
         assert row["gpu"] == GPU[row["arch"]] and (row["predicted_us"] is None) == ("crossing" in row["plan"]), row
