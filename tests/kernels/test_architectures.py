@@ -48,7 +48,8 @@ def check(capability, element_size, head_size, max_seqlen, bias):
 @pytest.mark.parametrize("head_size", [24, 72, 136])
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_attention_is_right_with_the_tiles_of_each_architecture(capability, head_size, bias):
-    launched = check(capability, 2, head_size, 147, bias)
+    # heads of more than 128 have smaller tiles, and no short form
+    launched = check(capability, 2, head_size, 147 if head_size <= 128 else 70, bias)
     assert launched == {name for name, direction in DIRECTIONS.items() if bias or direction != "dbias"}
 
 
