@@ -34,7 +34,8 @@ def group_of(item: pytest.Item, low: str) -> str | None:
     """The group of a test, or None where it is not run: it compiles with torch.compile, or takes minutes."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     name, needs_gpu = item.originalname, item.get_closest_marker("gpu")
-    if item.get_closest_marker("slow") or params.get("fuzz_seed", 0) >= SEEDS:
+    slow = item.get_closest_marker("slow") and not item.get_closest_marker("product")
+    if slow or params.get("fuzz_seed", 0) >= SEEDS:
         return None
     if "2_31" in name:
         return OFFSETS if needs_gpu else None

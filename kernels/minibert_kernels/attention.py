@@ -341,6 +341,8 @@ def attention(
 def _check_heads(q, k, v, num_kv_heads):
     """How many heads q has, or the ValueError of q, k and v that do not fit each other."""
     if k is None and v is None:
+        if num_kv_heads is not None and type(num_kv_heads) is not int:
+            raise ValueError(f"num_kv_heads={num_kv_heads!r} is not a whole number")
         if num_kv_heads is None:
             if q.ndim != 4 or q.shape[1] != 3 or q.shape[-1] == 0:
                 raise ValueError(
@@ -355,6 +357,8 @@ def _check_heads(q, k, v, num_kv_heads):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads} does not divide the {num_heads} heads of q")
         return num_heads
+    if k is None:
+        raise ValueError("k is None and v is not: expected both, or neither with a fused projection as q")
     if q.ndim != 3 or q.shape[-1] == 0:
         raise ValueError(f"q is {list(q.shape)}: expected [T, H, d] with d of at least 1")
     if num_kv_heads is not None:

@@ -2,7 +2,8 @@
 
 Triton binds and specialises the arguments of every launch, which takes the host as long as five additions of tensors.
 The first launch of a variant goes that way. A later one finds what was compiled by a key that tells apart at least what
-Triton does, and hands it the arguments just as Triton would.
+Triton does, and hands it the arguments just as Triton would. While hooks of Triton's see launches or passes of the
+compiler, every launch goes Triton's way.
 """
 
 import torch
@@ -11,6 +12,10 @@ from ._triton import AVAILABLE, triton
 from .dispatch import interpreting
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_COMPILATION = (
+    "instrumentation_mode",
+    "fpsan_homomorphic_casts",
+)  # knobs that change the code; not all Tritons have all
 
 
 def _kinds(args):
@@ -32,8 +37,11 @@ def _kinds(args):
         elif isinstance(value, tuple):
             add(kind)
             kinds += _kinds(value)
+        elif isinstance(value, torch.Tensor):  # of a subclass
+            add(value.dtype)
+            add(value.data_ptr() & 15)
         else:
-            add(value)
+            add((kind, value))  # True is not 1
     return kinds
 
 
@@ -51,25 +59,28 @@ def kernel(*, varying: tuple[str, ...] = ()):
 if AVAILABLE:
 
     class Kernel(triton.JITFunction):
-        """A `triton.JITFunction`. Constexprs come last in its signature, and are given by name at a launch."""
+        """A `triton.JITFunction`. Constexprs come last in its signature, and are given by name at a launch; grids are
+        tuples."""
 
         def __init__(self, fn, **options):
             super().__init__(fn, **options)
             self.variants = {}  # what was compiled, by device, kinds of arguments and options
 
         def run(self, *args, grid, warmup, **options):
-            if warmup or self.pre_run_hooks:
-                return super().run(*args, grid=grid, warmup=warmup, **options)
             driver, knobs = triton.runtime.driver.active, triton.knobs
+            # hooks of a launch, and of the passes of the compiler
+            if warmup or self.pre_run_hooks or getattr(knobs.runtime, "add_stages_inspection_hook", None):
+                return super().run(*args, grid=grid, warmup=warmup, **options)
             device = driver.get_current_device()
-            flags = knobs.runtime.debug, knobs.compilation.instrumentation_mode
+            flags = knobs.runtime.debug, *(getattr(knobs.compilation, name, None) for name in _COMPILATION)
             key = (device, flags, *_kinds(args), *options, *options.values())
             variant = self.variants.get(key)
             if variant is None:
                 constexprs = [param.name for param in self.params[len(args) :]]
                 assert not any(param.is_constexpr for param in self.params[: len(args)])
                 compiled = super().run(*args, grid=grid, warmup=False, **options)
-                self.variants[key] = compiled, constexprs
+                if compiled is not None:  # a hook of Triton's may have compiled it elsewhere
+                    self.variants[key] = compiled, constexprs
                 return compiled
             compiled, constexprs = variant
             args = *args, *map(options.__getitem__, constexprs)

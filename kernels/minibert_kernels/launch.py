@@ -219,7 +219,7 @@ class MaskingPlan:
 
 @cache
 def masking_plan(max_seqlen: int, reach: int = 1) -> MaskingPlan:
-    """The plan of `mlm_mask`: 8 tokens a thread; of more than 2048 tokens 16, where spans take no registers.
+    """The plan of `mlm_mask`: 8 tokens a thread, or 16 of more than 2048 unless spans need the registers.
 
     Args:
         reach: tokens of the longest span; 1 for tokens and words.
@@ -256,8 +256,9 @@ class AttentionPlan:
     num_stages: int
 
 
-# (block_m, block_n, num_warps) for head sizes up to 64, up to 128 and up to 256: the largest
-# tiles found that spill no register; with " bias" those where a score bias or ALiBi asks for smaller ones
+# (block_m, block_n, num_warps) for head sizes up to 64, up to 128 and up to 256: the largest tiles found that spill no
+# register in 16 bits (in float32 those of heads of more than 64 do); with " bias" those where a score bias or ALiBi
+# asks for smaller ones
 ATTENTION_TILES = {
     ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8), (32, 64, 8)),
     ("sm_80", "fwd bias"): ((64, 32, 4), (64, 64, 8), (32, 32, 8)),

@@ -40,6 +40,8 @@ def attention_probs(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SequenceLayout(cu_seqlens, max_seqlen, q.shape[0])
     heads = q.shape[1]
+    if k.shape[1] != heads and (k.shape[1] == 0 or heads % k.shape[1]):
+        raise ValueError(f"k has {k.shape[1]} heads, which do not divide the {heads} of q")
     q, k = (repeat_heads(layout.pad(x).transpose(1, 2), heads) for x in (q, k))
     bias = layout.score_terms(q.dtype, causal, window, score_bias, alibi_slopes)
     scores = q @ k.mT * scale + (0 if bias is None else bias)

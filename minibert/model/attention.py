@@ -7,7 +7,7 @@ from minibert_kernels import attention, attention_probs
 
 from ..config import BertConfig
 from .context import Context
-from .linear import Linear, project
+from .linear import project
 from .position import Position
 
 
@@ -18,7 +18,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.site = config.num_attention_heads, site
         self.dropout, self.causal = config.attention_probs_dropout_prob, config.causal
-        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, ctx: Context, position: Position, maps: list[Tensor] | None = None) -> Tensor:

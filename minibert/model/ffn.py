@@ -9,7 +9,7 @@ from minibert_kernels.dispatch import use_triton
 
 from ..config import BertConfig
 from .context import Context
-from .linear import Linear, product, project
+from .linear import product, project
 from .lora import LowRank
 
 APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -31,7 +31,7 @@ class MLP(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.approximate = APPROXIMATE[config.hidden_act]
-        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -44,7 +44,7 @@ class GeGLU(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.approximate = APPROXIMATE[config.hidden_act]
-        self.up = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.up = nn.Linear(config.hidden_size, 2 * config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:

@@ -13,16 +13,12 @@ from .context import Context
 WORTH = 2**22  # elements of x: below, a GPU adds two gradients sooner than the host has called a Function in Python
 
 
-class Linear(nn.Linear):
-    """nn.Linear; with the context of a block, x is a residual too: see `product`."""
-
-    def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
-        return super().forward(x) if ctx is None else product(x, self.weight, self.bias, ctx)
-
-
 def project(linear: nn.Module, x: Tensor, ctx: Context) -> Tensor:
-    """linear(x), by a `Linear` with `ctx`; whatever else may stand in its place knows no contexts."""
-    return linear(x, ctx) if isinstance(linear, Linear) else linear(x)
+    """linear(x); a plain nn.Linear without hooks, which would see one gradient of two, is a `product`."""
+    watched = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    if type(linear) is not nn.Linear or watched or nn.modules.module._has_any_global_hook():
+        return linear(x)
+    return product(x, linear.weight, linear.bias, ctx)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, ctx: Context) -> Tensor:
@@ -42,9 +38,9 @@ def linear_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
     Where x is used in two places, autograd adds their two gradients: it reads both and writes a third. Here the product
     that makes one of them begins with the other, and rounds once: dx = dresidual + dy · weight, written over dresidual
-    after `may_write_over_gradient`. Autocast, second derivatives and the gradients of weight and bias are as of
-    F.linear; which it is, with x itself, where there would be nothing to save: without a gradient, in
-    `torch.compile`, which fuses the sum, and for inputs that autocast has yet to round.
+    after `may_write_over_gradient`. Everything else (autocast, second derivatives, the gradients of weight and bias)
+    equals F.linear's. Where nothing would be saved it calls F.linear and returns x itself: without a gradient, in
+    `torch.compile`, which fuses the sum, and for inputs that autocast still has to cast.
 
     Args:
         x: [..., in], floating. weight: [out, in]. bias: [out] or None.
@@ -53,8 +49,7 @@ def linear_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """
     if not _forks(x, weight, bias):
         return F.linear(x, weight, bias), x
-    # rounded out here, for autograd to see: autocast's own copies must not be made in a Function, where they would
-    # lose their gradient for whoever finds them in its cache
+    # cast here, where autograd records it: a cast inside the Function would enter autocast's cache without a gradient
     return _apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
@@ -97,7 +92,7 @@ class _Fork(torch.autograd.Function):
             if total is None:
                 dx = rows @ weight
             elif ctx.writes_over and dresidual.is_contiguous() and not torch.is_grad_enabled():
-                dx = total.addmm_(rows, weight)
+                dx = torch.addmm(total, rows, weight, out=total)  # counters of FLOPs do not know addmm_
             else:  # on a GPU torch copies it first (at least up to 2.13), and nothing is saved
                 dx = torch.addmm(total, rows, weight)
             dx = dx.view(x.shape)
@@ -117,5 +112,5 @@ def may_write_over_gradient(residual: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     node = residual.grad_fn
-    if getattr(node, "_forward_cls", None) is _Fork:
+    if getattr(node, "_forward_cls", None) is _Fork and residual.output_nr == 1:
         node.writes_over = True

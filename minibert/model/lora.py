@@ -7,11 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import Context
-from .linear import Linear
 
-
-class LowRank(Linear):
+class LowRank(nn.Linear):
     """x (W + s·BA)ᵀ + bias, with weight W [out, in] and bias of `linear`, a [rank, in] and b [out, rank].
 
     b starts at zero, so at first it is `linear`; a starts as a linear layer's weight does. s = alpha / rank.
@@ -23,8 +20,8 @@ class LowRank(Linear):
         self.a = nn.Parameter(nn.Linear(linear.in_features, rank, bias=False).weight)
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
 
-    def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
-        return super().forward(x, ctx) + self.addition(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.addition(x)
 
     def addition(self, x: Tensor) -> Tensor:
         """x (s·BA)ᵀ, as two thin products."""

@@ -24,7 +24,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor, ctx: Context, residual: Tensor | None = None) -> Tensor:
         drop = {} if self.site is None else ctx.drop(self.dropout, self.site)
         rows = ctx.rows if drop else None
-        if drop and residual is not None:  # else the residual's gradient is that of x, too
+        # where nothing is dropped, the residual's gradient is that of x, too; a hook may have kept the residual
+        if drop and residual is not None and not self._forward_pre_hooks:
             may_write_over_gradient(residual)
         return dropout_add_norm(
             x, residual, self.weight, self.bias, **drop, rows=rows, eps=self.eps, kind=self.kind, backend=ctx.backend

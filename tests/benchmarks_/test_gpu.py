@@ -37,7 +37,14 @@ def forked(stage, limit, folder, environment):
                     traceback.print_exc()
         finally:
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    end = time.monotonic() + limit
+    while (done := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return f"cut off after {limit:.0f} s"
+        time.sleep(0.05)
+    code = os.waitstatus_to_exitcode(done[1])
     return "ok" if code == 0 else f"failed with exit code {code}"
 
 

@@ -23,6 +23,10 @@ def touch(x_ptr, other_ptr, n, stride, scale, group, WIDE: tl.constexpr, BLOCK: 
     tl.store(x_ptr + at * stride, scale + group[1], mask=at < n)
 
 
+class Own(torch.Tensor):
+    pass
+
+
 class Launcher:
     def __init__(self, source=None, metadata=None):
         pass
@@ -91,13 +95,17 @@ def main(compiled):
         )  # fmt: skip
         options = {"WIDE": (True, False), "num_warps": (4, 8)}
         for pointer, other, n, stride, scale, group, (wide, warps), device in itertools.product(
-            (x, x[1:], half, torch.nn.Parameter(x)), (None, half[1:]), (1, 16, 5, 2**31),
-            (1, 16, 17, -17, 2**31, 2**33), (0.5, 1.0), ((None, 3), (x, 16), (x, 1)),
+            (x, x[1:], half, torch.nn.Parameter(x), x.as_subclass(Own)), (None, half[1:]), (1, 16, 5, 2**31),
+            (1, True, 16, 17, -17, 2**31, 2**33), (0.5, 1.0), ((None, 3), (x, 16), (x, 1)),
             itertools.product(*options.values()), (0, 1),
         ):  # fmt: skip
             driver.device = device
             given = {"WIDE": wide, "BLOCK": 16, "num_warps": warps}
             check((pointer, other, n, stride, scale, group), (1, 1, n % 7 + 1), given, long_way)
+        known = len(touch.variants)
+        for _ in range(3):
+            touch[(1,)](torch.zeros(64).as_subclass(Own), None, 5, 16, 0.5, (x, 16), WIDE=True, BLOCK=16, num_warps=4)
+        assert len(touch.variants) == known, "a tensor is part of the key"
 
 
 if __name__ == "__main__":

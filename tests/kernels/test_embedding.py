@@ -86,7 +86,10 @@ def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
     Case.draw(fuzz_seed).run(device)
 
 
-@pytest.mark.parametrize(("cols", "dtype", "dropout"), pairwise([1, 37, 768, 1024, 8192], DTYPES, [0.0, 0.1]))
+@pytest.mark.parametrize(
+    ("cols", "dtype", "dropout"),
+    pairwise([1, 37, 768, 1024, 8192], DTYPES, [0.0, 0.1], always=[(768, torch.bfloat16, 0.1)]),
+)
 def test_values_and_gradients_at_the_widths_of_berts(cols, dtype, dropout, device, poisoned):
     tokens = 5 if cols == 8192 else 35  # more than one tile a program of the backward
     Case(

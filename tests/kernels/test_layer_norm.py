@@ -12,6 +12,7 @@ from minibert_kernels import layer_norm, philox, reference
 from minibert_kernels.layer_norm import dropout_add_norm
 
 NAMES = ("x", "residual", "weight", "bias")
+BERT = (768, torch.bfloat16, "layernorm", 0.1)
 
 
 def eager(x, residual, weight, bias, *, dropout=0.0, seed=0, rows=None, eps=1e-12, kind="layernorm", prenorm=False):
@@ -116,7 +117,8 @@ def test_any_call_is_as_accurate_as_torch(fuzz_seed, device, poisoned):
 
 
 @pytest.mark.parametrize(
-    ("cols", "dtype", "kind", "dropout"), pairwise([1, 37, 768, 8192], DTYPES, layer_norm.KINDS, [0.0, 0.1])
+    ("cols", "dtype", "kind", "dropout"),
+    pairwise([1, 37, 768, 8192], DTYPES, layer_norm.KINDS, [0.0, 0.1], always=[BERT]),
 )
 def test_values_and_gradients_at_the_widths_of_berts(cols, dtype, kind, dropout, device, poisoned):
     rows = 3 if cols == 8192 else 35  # more than one tile a program of the backward
