@@ -18,7 +18,7 @@ class Position(nn.Module):
         self.register_parameter("weight", None)
 
     def rotate(self, qkv: Tensor, batch: Batch) -> Tensor:
-        """[T, 3, H, d] with queries and keys turned: in one piece, as attention's gradient of it is."""
+        """The fused projection [T, 3, H, d] with queries and keys rotated by their positions."""
         return qkv
 
     def score_bias(self, batch: Batch) -> Tensor | None:
@@ -40,31 +40,33 @@ class Learned(Position):
 
 
 class Rotary(Position):
-    """Queries and keys turned, pair by pair, by angles that grow with the position (Su et al., 2021): RoPE."""
+    """Queries and keys rotated, pair by pair, by angles that grow with the position (Su et al., 2021): RoPE."""
 
     base = 10_000.0
 
     def __init__(self, config: BertConfig):
         super().__init__(config)
         if config.head_size % 2:
-            raise ValueError(f"position='rotary' turns pairs of a head's channels: head size {config.head_size} is odd")
+            raise ValueError(
+                f"position='rotary' rotates pairs of a head's channels: head size {config.head_size} is odd"
+            )
 
     def rotate(self, qkv: Tensor, batch: Batch) -> Tensor:
         # made here, not kept as a buffer, which a model in bfloat16 would round
         share = torch.arange(0, qkv.shape[-1], 2, device=qkv.device) / qkv.shape[-1]
         angles = (batch.positions[:, None] * self.base**-share)[:, None, None]  # [T, 1, 1, d / 2]
-        return (_Turn.apply if plain(qkv) else turned)(qkv, angles.cos(), angles.sin())
+        return (_Rotate.apply if plain(qkv) else rotated)(qkv, angles.cos(), angles.sin())
 
 
-def turned(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries and keys turned in float32, by angles whose cosines and sines are [T, 1, 1, d / 2]."""
+def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries and keys rotated in float32, by angles whose cosines and sines are [T, 1, 1, d / 2]."""
     left, right = qkv[:, :2].chunk(2, -1)
     qk = torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
     return torch.cat((qk.to(qkv.dtype), qkv[:, 2:]), 1)
 
 
-class _Turn(torch.autograd.Function):
-    """`turned` with a third of its memory traffic; the gradient is turned back, in one piece and the same way."""
+class _Rotate(torch.autograd.Function):
+    """`rotated` with a third of its memory traffic; backward rotates the gradient back in the same way."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin):
@@ -80,7 +82,7 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         cos, sin = ctx.saved_tensors
-        return _Turn.apply(dout, cos, -sin), None, None
+        return _Rotate.apply(dout, cos, -sin), None, None
 
 
 class Alibi(Position):

@@ -14,7 +14,7 @@ def device():
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    """What fails by intention is judged again among twice as many draws only."""
+    """A test that must fail repeats its comparison with twice as many draws, not with sixteen times as many."""
     monkeypatch.setattr(harness, "MORE", 2)
 
 

@@ -1,4 +1,4 @@
-"""How a model knows where a token stands: added vectors, turned queries and keys, slopes on the scores."""
+"""How a model knows where a token stands: added vectors, rotated queries and keys, slopes on the scores."""
 
 import cmath
 
@@ -9,7 +9,7 @@ from tolerance import assert_as_accurate
 
 from minibert.batch import pack
 from minibert.model import BertModel
-from minibert.model.position import POSITIONS, _Turn, turned
+from minibert.model.position import POSITIONS, _Rotate, rotated
 from minibert.profile.watch import Traffic
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -19,12 +19,12 @@ IDS = [5, 6, 7, 8, 9, 10, 11]
 
 def test_a_rotated_pair_is_a_complex_number_times_a_unit_one():
     rotary, x = POSITIONS["rotary"](small_config()), torch.randn(7, 3, 8)
-    *turned, v = rotary.rotate(torch.stack([x, 2 * x, x], 1), pack([IDS])).unbind(1)
+    *rotated, v = rotary.rotate(torch.stack([x, 2 * x, x], 1), pack([IDS])).unbind(1)
     assert torch.equal(v, x)
     for token, head, pair in ((0, 0, 0), (3, 1, 2), (6, 2, 3)):
         before = complex(x[token, head, pair], x[token, head, pair + 4])
         after = before * cmath.exp(1j * token * 10_000 ** (-2 * pair / 8))
-        for factor, result in zip((1, 2), turned, strict=True):
+        for factor, result in zip((1, 2), rotated, strict=True):
             found = complex(result[token, head, pair], result[token, head, pair + 4])
             assert found == pytest.approx(factor * after, abs=1e-5)
 
@@ -42,7 +42,7 @@ def test_what_runs_is_as_accurate_as_the_formula(dtype):
     x, dout = (torch.randn(7, 3, 3, 8).to(dtype) for _ in range(2))
     angles = torch.randn(7, 1, 1, 4)
     found = []
-    for call, of in ((_Turn.apply, dtype), (turned, dtype), (turned, torch.float64)):
+    for call, of in ((_Rotate.apply, dtype), (rotated, dtype), (rotated, torch.float64)):
         qkv, cos, sin = x.detach().to(of).requires_grad_(), angles.cos(), angles.sin()
         out = call(qkv, cos, sin)
         found.append((out, *torch.autograd.grad(out, qkv, dout.to(of))))
@@ -52,7 +52,7 @@ def test_what_runs_is_as_accurate_as_the_formula(dtype):
 
 def test_its_derivatives_are_right_to_the_second():
     x, angles = torch.randn(2, 3, 1, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 1, 1, 2).double()
-    call = lambda x: _Turn.apply(x, angles.cos(), angles.sin()).square()  # noqa: E731
+    call = lambda x: _Rotate.apply(x, angles.cos(), angles.sin()).square()  # noqa: E731
     assert torch.autograd.gradcheck(call, x) and torch.autograd.gradgradcheck(call, x)
 
 
@@ -117,6 +117,6 @@ def test_kernels_and_reference_agree(position):
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_an_odd_head_cannot_be_turned():
-    with pytest.raises(ValueError, match="position='rotary' turns pairs of a head's channels: head size 3 is odd"):
+def test_an_odd_head_cannot_be_rotated():
+    with pytest.raises(ValueError, match="position='rotary' rotates pairs of a head's channels: head size 3 is odd"):
         BertModel(small_config(position="rotary", num_attention_heads=8))
