@@ -4,6 +4,8 @@ import json
 import re
 from pathlib import Path
 
+from ._triton import triton
+
 LIMITS = Path(__file__).with_name("xray_limits.json")
 KNOWN = ("spilled_bytes", "serialized_matrix_instructions", "missing_matrix_instructions", "bytes_over_minimum")
 # the mnemonic with which each architecture multiplies matrices at full speed
@@ -11,23 +13,25 @@ MATRIX_KIND = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 def load_limits(path: str | Path = LIMITS) -> dict:
-    """The limits and their exceptions.
+    """The limits, and their exceptions but for those of another Triton.
 
     Raises:
-        ValueError: a limit is unknown, or an exception does not say match, limit, value and reason.
+        ValueError: a limit is unknown, or an exception does not say match, limit, value and reason; `triton` it may.
     """
     limits = load_json(path)
     whole = isinstance(limits, dict) and set(limits) == {"limits", "exceptions"}
     if not whole or not isinstance(limits["limits"], dict) or set(limits["limits"]) != set(KNOWN):
         raise ValueError(f"{path}: expected limits ({', '.join(KNOWN)}) and exceptions")
     for exception in limits["exceptions"]:
-        names = set(exception) if isinstance(exception, dict) else set()
+        names = set(exception) - {"triton"} if isinstance(exception, dict) else set()
         if names != {"match", "limit", "value", "reason"} or exception["limit"] not in KNOWN:
-            raise ValueError(f"{path}: {exception} is not match, limit (one of the limits), value and reason")
+            raise ValueError(f"{path}: {exception} is not match, limit (one of the limits), value, reason (and triton)")
         check_pattern(exception["match"], f"{path}: match=")
     for value in (*limits["limits"].values(), *(exception["value"] for exception in limits["exceptions"])):
         if not isinstance(value, int | float):
             raise ValueError(f"{path}: a limit or value of {value!r} is no number")
+    version = getattr(triton, "__version__", None)
+    limits["exceptions"] = [one for one in limits["exceptions"] if one.get("triton", version) == version]
     return limits
 
 
