@@ -369,8 +369,7 @@ def _check_heads(q, k, v, num_kv_heads):
         if x is None or x.dtype != q.dtype or x.ndim != 3 or x.shape != (tokens, x.shape[1] if x is k else heads, size):
             found = None if x is None else f"{x.dtype} {list(x.shape)}"
             raise ValueError(f"{name} is {found}: expected {q.dtype} [{tokens}, {heads}, {size}]")
-    if k.shape[1] != num_heads and (k.shape[1] == 0 or num_heads % k.shape[1]):
-        raise ValueError(f"k has {k.shape[1]} heads, which do not divide the {num_heads} of q")
+    reference.check_group(num_heads, k.shape[1])
     return num_heads
 
 

@@ -11,7 +11,6 @@ import torch
 from ._triton import AVAILABLE, triton
 from .dispatch import interpreting
 
-_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _COMPILATION = (
     "instrumentation_mode",
     "fpsan_homomorphic_casts",
@@ -24,7 +23,7 @@ def _kinds(args):
     add = kinds.append
     for value in args:
         kind = type(value)
-        if kind in _TENSORS:
+        if isinstance(value, torch.Tensor):
             add(value.dtype)
             add(value.data_ptr() & 15)
         elif kind is int:
@@ -37,9 +36,6 @@ def _kinds(args):
         elif isinstance(value, tuple):
             add(kind)
             kinds += _kinds(value)
-        elif isinstance(value, torch.Tensor):  # of a subclass
-            add(value.dtype)
-            add(value.data_ptr() & 15)
         else:
             add((kind, value))  # True is not 1
     return kinds

@@ -55,7 +55,7 @@ class Op:
         """
         if torch.compiler.is_compiling():
             return self.registered(*args)
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if transformed():
             self._refuse(args)
         if _traced(args):
             return self.registered(*args)
@@ -82,6 +82,11 @@ class Op:
             )
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is active, which a Function in Python does not serve."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _traced(args):
     """Whether somebody wants to see the operator: a profiler, a dispatch mode, or a tensor that is not a plain one.
 
@@ -89,10 +94,10 @@ def _traced(args):
     """
     if torch.autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack():
         return True
-    return args[0].is_meta or not _plain(frozenset(map(type, args)))
+    return args[0].is_meta or not plain(frozenset(map(type, args)))
 
 
 @cache
-def _plain(kinds):
+def plain(kinds: frozenset[type]) -> bool:
     """Whether none of these types is a subclass of Tensor that torch dispatches on, as fake tensors and DTensor are."""
     return all(kind in _PLAIN or not issubclass(kind, torch.Tensor) for kind in kinds)

@@ -40,8 +40,7 @@ def attention_probs(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     layout = SequenceLayout(cu_seqlens, max_seqlen, q.shape[0])
     heads = q.shape[1]
-    if k.shape[1] != heads and (k.shape[1] == 0 or heads % k.shape[1]):
-        raise ValueError(f"k has {k.shape[1]} heads, which do not divide the {heads} of q")
+    check_group(heads, k.shape[1])
     q, k = (repeat_heads(layout.pad(x).transpose(1, 2), heads) for x in (q, k))
     bias = layout.score_terms(q.dtype, causal, window, score_bias, alibi_slopes)
     scores = q @ k.mT * scale + (0 if bias is None else bias)
@@ -57,6 +56,12 @@ def split_projection(q, k, v, num_kv_heads=None):
     if num_kv_heads is None:
         return q.unbind(1)
     return q.split((q.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), 1)
+
+
+def check_group(heads, kv_heads):
+    """Raise the ValueError of K/V heads that those of q cannot share."""
+    if kv_heads != heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"k has {kv_heads} heads, which do not divide the {heads} of q")
 
 
 def repeat_heads(x, heads):

@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from minibert_kernels import reference
 from minibert_kernels.launch import posing
+from minibert_kernels.op import plain, transformed
 
 from .context import Context
 
@@ -53,16 +53,14 @@ def linear_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return _apply(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def plain(*tensors: Tensor | None) -> bool:
+def untouched(*tensors: Tensor | None) -> bool:
     """Whether a Function in Python may work on these: nobody traces or transforms what is done, and no subclass of
     Tensor does it in its own way."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return all(type(x) in (Tensor, nn.Parameter, type(None)) for x in tensors)
+    return not torch.compiler.is_compiling() and not transformed() and plain(frozenset(map(type, tensors)))
 
 
 def _forks(x, weight, bias):
-    if not (torch.is_grad_enabled() and x.requires_grad and x.ndim > 1 and plain(x, weight, bias)):
+    if not (torch.is_grad_enabled() and x.requires_grad and x.ndim > 1 and untouched(x, weight, bias)):
         return False
     if (x.is_cuda or posing()) and x.numel() < WORTH:
         return False
@@ -103,7 +101,7 @@ class _Fork(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-# its base's apply: Function's own looks for transforms of torch.func, which `plain` has done
+# its base's apply: Function's own looks for transforms of torch.func, which `untouched` has done
 _apply = super(torch.autograd.Function, _Fork).apply
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..config import BertConfig
-from .linear import plain
+from .linear import untouched
 
 
 class Position(nn.Module):
@@ -55,7 +55,7 @@ class Rotary(Position):
         # made here, not kept as a buffer, which a model in bfloat16 would round
         share = torch.arange(0, qkv.shape[-1], 2, device=qkv.device) / qkv.shape[-1]
         angles = (batch.positions[:, None] * self.base**-share)[:, None, None]  # [T, 1, 1, d / 2]
-        return (_Rotate.apply if plain(qkv) else rotated)(qkv, angles.cos(), angles.sin())
+        return (_Rotate.apply if untouched(qkv) else rotated)(qkv, angles.cos(), angles.sin())
 
 
 def rotated(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 from tolerance import BACKWARD, FORWARD, assert_as_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -123,3 +124,18 @@ def repeat_with(case, device):
         emulated = device == "cpu" and "bfloat16" in repr(case)
         error.add_note(f"repeat with: {case!r}.run({device!r}){' inside instruments.bfloat16()' * emulated}")
         raise
+
+
+class Names(TorchDispatchMode):
+    """The names of the operators that torch runs inside, in order."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def like(self, *words):
+        return [name for name in self.seen if any(word in name for word in words)]

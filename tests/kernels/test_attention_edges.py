@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from harness import Names
 from test_attention import both_forms, inputs, kernel, offsets, values_and_gradients
 from tolerance import assert_as_accurate
 
@@ -114,24 +115,15 @@ def test_a_finite_bias_that_stands_for_minus_infinity(where, value, slack, devic
 
 @both_forms
 def test_a_fused_projection_gets_one_gradient_and_nothing_is_copied(slack, device):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     (q, k, v, cu_seqlens, longest), dout = inputs(device, slack=slack)
     qkv = torch.stack([q, k, v], 1).detach()
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     grads, seen = [], []
     for fused in (True, False):
-        names = []
         leaf = qkv.clone().requires_grad_()
         out = kernel(*((leaf, None, None) if fused else leaf.unbind(1)), cu_seqlens, longest, dropout=0.2)
-        with Seen():
+        with Names() as names:
             grads.append(torch.autograd.grad(out, leaf, dout)[0])
-        seen.append([name for name in names if any(word in name for word in ("stack", "cat", "copy", "clone"))])
+        seen.append(names.like("stack", "cat", "copy", "clone"))
     assert torch.equal(*grads)
     assert not seen[0] and seen[1]
     expected = reference.attention(qkv, None, None, cu_seqlens, longest)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from harness import SEED
+from harness import SEED, Names
 from test_attention import Case, both_forms, kernel, offsets, values_and_gradients
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert_kernels import attention, attention_probs, reference
 
@@ -77,22 +76,14 @@ def test_a_shared_head_gives_each_query_what_copies_of_it_would(slack, device, p
 @both_forms
 def test_a_fused_projection_gets_one_gradient_and_nothing_is_put_together(slack, device, poisoned):
     projection, rest, dout = inputs(device, slack=slack)
-    names = []
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     grads, seen = [], []
     for fused in (True, False):
-        names.clear()
         leaf = projection.clone().requires_grad_()
         qkv, options = ((leaf, None, None), {"num_kv_heads": 2}) if fused else (split(leaf), {})
         out = kernel(*qkv, *rest, dropout=0.2, **options)
-        with Seen():
+        with Names() as names:
             grads.append(torch.autograd.grad(out, leaf, dout)[0])
-        seen.append([name for name in names if any(word in name for word in ("cat", "copy", "clone", "pad", "add"))])
+        seen.append(names.like("cat", "copy", "clone", "pad", "add"))
     assert torch.equal(*grads)
     assert not seen[0] and seen[1]
     for backend in ("triton", "reference"):
