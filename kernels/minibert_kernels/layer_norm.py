@@ -56,6 +56,14 @@ def centre_rows(total, in_row, n_cols):
     return tl.where(in_row, total - rest[:, None], 0.0), mean + rest
 
 
+@triton.jit
+def _add_halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum of the upper and the lower half of the rows, which lie in the same threads; one row stays as it is."""
+    if BLOCK_M > 1:
+        tile = tl.sum(tile.reshape(2, BLOCK_M // 2, BLOCK_N), axis=0)
+    return tile
+
+
 @kernel(varying=VARYING_ROWS)
 def _dropout_add_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,  # [rows, cols] twice, [cols] twice; residual and bias may be None
@@ -117,8 +125,9 @@ def _dropout_add_norm_bwd_kernel(
     weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)[None, :]
     seed = tl.load(seed_ptr) if DROPOUT else 0
     inverse = 1.0 / n_cols
-    dweight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    # sums of half as many rows as a tile take half the registers
+    dweight = tl.zeros([(BLOCK_M + 1) // 2, BLOCK_N], tl.float32)
+    dbias = tl.zeros([(BLOCK_M + 1) // 2, BLOCK_N], tl.float32)
     # 16 warps have 128 registers a thread: none for what is read ahead, nor for two sums in one exchange
     for tile in tl.range(program, tl.cdiv(n_rows, BLOCK_M), programs, num_stages=1 if BLOCK_N > 4096 else 2):
         row = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -133,8 +142,8 @@ def _dropout_add_norm_bwd_kernel(
         if not RMS:
             n = tl.where(in_tile, n - tl.load(stats_ptr + n_rows + row, mask=in_rows, other=0.0)[:, None], 0.0)
         n *= rstd
-        dweight += dout * n
-        dbias += dout
+        dweight += _add_halves(dout * n, BLOCK_M, BLOCK_N)
+        dbias += _add_halves(dout, BLOCK_M, BLOCK_N)
 
         g = dout * weight
         if RMS:
