@@ -112,7 +112,8 @@ def _run_long(kernel, direction, q, tensors, cu_seqlens, schedule, strides, max_
     else:
         sizes, programs = (*sizes, cu_seqlens.shape[0] - 1), entries * num_heads * num_tiles + FILLERS.value
     arguments = *tensors, cu_seqlens, schedule, *strides, *sizes, terms, dropped
-    _run(kernel, programs, plan, q, arguments, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, GROUP=group)
+    blocks = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "GROUP": group, "APART": plan.apart}
+    _run(kernel, programs, plan, q, arguments, **blocks)
 
 
 def _run_short(kernel, plan, q, tensors, cu_seqlens, strides, terms, dropped, **group):
@@ -468,7 +469,7 @@ def _aot_case(
     fn = KERNELS["short " * short + direction]
     constexprs = {
         "HEAD_SIZE": head_size, "BLOCK_D": plan.block_d, "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n,
-        "BLOCK_S": plan.block_m, "GROUP": group,
+        "BLOCK_S": plan.block_m, "GROUP": group, "APART": plan.apart,
     }  # fmt: skip
     values = {
         "cu_seqlens_ptr": "*i32", "schedule_ptr": "*i32" if schedule else None, "lse_ptr": "*fp32", "dlse_ptr": None,

@@ -33,12 +33,6 @@ from .attention_tile import (
 )
 from .jit import kernel
 
-# the tile that needs a mask comes first, outside of any loop (APART): ptxas serialises Hopper's matrix products, which
-# have 64 rows, in two loops that share an accumulator if one may be empty, and in one loop that draws a mask. Smaller
-# tiles of wide heads are multiplied by Ampere's, and have one loop, in which every tile is masked: Triton 3.9 would
-# keep operands of a first tile in registers, and they have none to spare
-NARROW, MATRIX_ROWS = tl.constexpr(128), tl.constexpr(64)
-
 
 @triton.jit
 def _keys_of(m0, length, band, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -83,6 +77,7 @@ def _attention_fwd_kernel(
     q_strides, k_strides, v_strides,  # of (token, head, dim)
     num_tokens, num_heads, num_tiles, num_sequences, terms, dropout,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     if filler() >= 0:
         fill_outputs(out_ptr, lse_ptr, cu_seqlens_ptr, num_tokens, num_heads, num_sequences, terms, HEAD_SIZE)
@@ -100,7 +95,6 @@ def _attention_fwd_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, last = _keys_of(m0, length, terms.band, BLOCK_M, BLOCK_N)
-    APART: tl.constexpr = BLOCK_D <= NARROW or BLOCK_M >= MATRIX_ROWS
     if APART:
         peak, total, acc = _add_keys(
             last, peak, total, acc, q, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length, slope, terms,
@@ -152,6 +146,7 @@ def _attention_bwd_dq_kernel(
     q_strides, k_strides, v_strides, dout_strides,
     num_tokens, num_heads, num_tiles, num_sequences, terms, dropout,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     if filler() >= 0:
         row_size = heads_of_gradients(num_heads, GROUP) * HEAD_SIZE
@@ -178,7 +173,6 @@ def _attention_bwd_dq_kernel(
     slope = slope_of(terms, head)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, last = _keys_of(m0, length, terms.band, BLOCK_M, BLOCK_N)
-    APART: tl.constexpr = BLOCK_D <= NARROW or BLOCK_M >= MATRIX_ROWS
     if APART:
         dq = _add_to_dq(
             last, dq, q, dout, peak, rest, delta, k_tile, v_tile, k_strides, v_strides, seq, head, m0, first, length,
@@ -247,6 +241,7 @@ def _attention_bwd_dkdv_kernel(
     q_strides, k_strides, v_strides, dout_strides,
     num_tokens, num_heads, num_tiles, terms, dropout,
     HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of a K/V head: it goes through the queries of all GROUP heads that share it, in their order."""
     num_kv_heads = num_heads // GROUP
@@ -271,7 +266,6 @@ def _attention_bwd_dkdv_kernel(
     last = (end - 1) // BLOCK_M * BLOCK_M
     span = last + BLOCK_M - begin  # of a member's tiles: those of the group are numbered one member after another
     end = last + (GROUP - 1) * span
-    APART: tl.constexpr = BLOCK_D <= NARROW or BLOCK_N >= MATRIX_ROWS
     if APART:
         dk, dv = _add_to_dkdv(
             last, GROUP - 1, dk, dv, k, v, lse_ptr, delta_ptr, q_tile, dout_tile, q_strides, dout_strides, num_tokens,

@@ -247,13 +247,17 @@ def cross_entropy_plan(cols: int) -> CrossEntropyPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d."""
+    """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d.
+
+    apart: the tile that needs a mask comes first, and the loop behind it has none.
+    """
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
+    apart: bool = False
 
 
 # (block_m, block_n, num_warps) for head sizes up to 64, up to 128 and up to 256: the largest tiles found that spill no
@@ -262,9 +266,9 @@ class AttentionPlan:
 ATTENTION_TILES = {
     ("sm_80", "fwd"): ((128, 64, 8), (64, 64, 8), (32, 64, 8)),
     ("sm_80", "fwd bias"): ((64, 32, 8), (64, 64, 8), (32, 32, 8)),
-    ("sm_80", "dq"): ((64, 32, 4), (32, 64, 8), (32, 16, 8)),
-    ("sm_80", "dkdv"): ((32, 32, 4), (32, 32, 8), (32, 32, 8)),
-    ("sm_80", "dkdv bias"): ((32, 32, 4), (16, 32, 8), (32, 16, 8)),
+    ("sm_80", "dq"): ((64, 32, 4), (64, 64, 8), (32, 16, 8)),
+    ("sm_80", "dkdv"): ((32, 32, 4), (32, 64, 8), (32, 32, 8)),
+    ("sm_80", "dkdv bias"): ((32, 32, 4), (32, 32, 8), (32, 16, 8)),
     ("sm_80", "dbias"): ((64, 32, 8), (64, 16, 8), (16, 32, 8)),
     ("sm_90", "fwd"): ((128, 64, 8), (128, 64, 8), (64, 32, 8)),
     ("sm_90", "dq"): ((64, 64, 4), (64, 64, 8), (32, 32, 8)),
@@ -309,16 +313,22 @@ def attention_plan(
     chip = _attention_chip(element_size, capability)
     tiles = ATTENTION_TILES.get((chip, f"{direction} bias")) if bias else None
     tiles = (tiles or ATTENTION_TILES[chip, direction])[_size_class(head_size)]
-    return _cut(tiles, _block(max_seqlen), _block(head_size), 2 if element_size == 2 else 1)
+    return _cut(tiles, _block(max_seqlen), _block(head_size), chip, direction)
 
 
 @cache  # by the tiles, which a search for better ones exchanges
-def _cut(tiles, longest, block_d, num_stages):
+def _cut(tiles, longest, block_d, chip, direction):
     block_m, block_n, num_warps = tiles
     num_warps = num_warps if longest >= min(block_m, block_n) else 4
+    block_m, block_n = min(block_m, longest), min(block_n, longest)
+    # ptxas serialises Hopper's matrix products, which have 64 rows, in two loops that share an accumulator if one may
+    # be empty, and in one loop that draws a mask. Ampere's need no tile apart, and wide heads leave no registers for
+    # it: Triton 3.9 would keep its operands in them
+    rows = block_n if direction == "dkdv" else block_m
     return AttentionPlan(
-        block_m=min(block_m, longest), block_n=min(block_n, longest), block_d=block_d, num_warps=num_warps,
-        num_stages=num_stages,
+        block_m=block_m, block_n=block_n, block_d=block_d, num_warps=num_warps,
+        num_stages=1 if chip == "float32" else 2,
+        apart=block_d <= 64 or (chip in ("sm_90", "sm_100") and rows >= 64),
     )  # fmt: skip
 
 
