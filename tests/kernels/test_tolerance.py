@@ -26,6 +26,13 @@ def test_a_rounding_error_is_allowed_where_torch_has_none():
         check([1.0, -2.0, 3.0 + 2**-19])
 
 
+def test_of_one_element_as_much_rounding_is_allowed_as_of_many():
+    ref = torch.tensor([-20.0], dtype=torch.float64)
+    check([-20.0 + 2**-18], same=ref, ref=ref)  # (-20 + 0.3) - 0.3 happens to be exact
+    with pytest.raises(AssertionError, match="error"):
+        check([-20.0 + 3 * 2**-18], same=ref, ref=ref)
+
+
 def test_nan_and_infinities_must_sit_where_the_reference_has_them():
     inf = float("inf")
     special = torch.tensor([float("nan"), inf, 1.0], dtype=torch.float64)
