@@ -3,6 +3,9 @@
 Launches are recorded in place of being made (`minibert_kernels.launches`), and the sizes are so small that torch's own
 ops compute next to nothing on a CPU. On a GPU all is launched and not waited for. Nothing is judged here: no kernel
 computes anything. A sample is the process's CPU time, which a busy machine changes less than a clock on the wall.
+
+As in a training step, one backward pass runs the gradients of several calls: what `torch.autograd.grad` itself costs is
+shared by them. An `autograd.Function` that does nothing stands beside the ops: what is left to them is the rest.
 """
 
 import time
@@ -27,14 +30,19 @@ WIDTH = HEADS * HEAD_SIZE
 LENGTH = 128  # the longest sequence that kernels are told of
 CAPABILITY = 90  # of the GPU that launches are recorded for
 SAMPLE = 0.02  # seconds that a sample lasts at least
-BARE = "x + r"
+CALLS = 8  # of an op in one backward pass
+BARE, EMPTY = "x + r", "empty Function"
 NARROW = {
     "hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": INNER, "vocab_size": VOCAB,
 }  # fmt: skip
 
 
-def on_host(call: Callable[[], object]) -> Timer:
-    """CPU seconds that this process spends on a call, over as many calls as last SAMPLE; a GPU is not waited for."""
+def on_host(call: Callable[[], object], *, calls: int = 1) -> Timer:
+    """CPU seconds that this process spends on a call; a GPU is not waited for.
+
+    Args:
+        call: makes `calls` calls, and is repeated until a sample lasts SAMPLE.
+    """
     count = 1
 
     def sample() -> Sample:
@@ -46,7 +54,7 @@ def on_host(call: Callable[[], object]) -> Timer:
                 call()
             taken = time.process_time() - start
             if taken >= SAMPLE / 2:
-                return Sample(taken / count)
+                return Sample(taken / (count * calls))
             count *= 2
 
     return Timer("CPU time", sample)
@@ -56,8 +64,20 @@ def leaf(device: str, *shape: int, dtype=torch.bfloat16):
     return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
 
+class Nothing(torch.autograd.Function):
+    """x, and the gradient that comes: what autograd alone takes for an op of four inputs that is written in Python."""
+
+    @staticmethod
+    def forward(ctx, x, *others):
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout, None, None, None
+
+
 def op_calls(device: str, backend: str) -> dict[str, dict[str, tuple[Callable, tuple]]]:
-    """By op and provider: a call, and what gradients are taken of."""
+    """By op and provider: a function, and its arguments, of which the gradients are taken."""
     x, r = leaf(device, TOKENS, WIDTH), leaf(device, TOKENS, WIDTH)
     weight, bias = (leaf(device, WIDTH, dtype=torch.float32) for _ in range(2))
     half_weight, half_bias = (t.detach().bfloat16().requires_grad_() for t in (weight, bias))
@@ -69,60 +89,59 @@ def op_calls(device: str, backend: str) -> dict[str, dict[str, tuple[Callable, t
     ids, positions = (torch.arange(TOKENS, device=device) % n for n in (VOCAB, TOKENS))
     types, labels = torch.zeros_like(ids), ids.clone()
     tables = tuple(leaf(device, n, WIDTH, dtype=torch.float32) for n in (VOCAB, LENGTH, 2))
+    half_table = tables[0].detach().bfloat16().requires_grad_()
     vocab_bias = leaf(device, VOCAB)
     seed, ops = torch.zeros((), dtype=torch.int64, device=device), minibert_kernels
     dropped = {"dropout": 0.1, "seed": seed, "backend": backend}
 
-    def attention():
-        return ops.attention(*qkv.unbind(1), cuts, LENGTH, **dropped)
+    def cross_entropy(x, table, bias):
+        return ops.linear_cross_entropy(x, table, bias, labels, max_labels=TOKENS, backend=backend)[0]
 
-    def cross_entropy():
-        loss, _ = ops.linear_cross_entropy(x, tables_half, vocab_bias, labels, max_labels=TOKENS, backend=backend)
-        return loss
-
-    def liger_norm():
+    def liger_norm(x, weight, bias):
         from liger_kernel.transformers.functional import liger_layer_norm
 
-        return liger_layer_norm(x, half_weight, half_bias, 1e-12)
+        return liger_layer_norm(x, weight, bias, 1e-12)
 
-    tables_half = tables[0].detach().bfloat16().requires_grad_()
     own, torchs = "minibert", "torch"
     return {
         "attention": {
-            own: (attention, (qkv,)),
-            f"{torchs} sdpa": (lambda: F.scaled_dot_product_attention(q, k, v), (q, k, v)),
+            own: (lambda qkv: ops.attention(*qkv.unbind(1), cuts, LENGTH, **dropped), (qkv,)),
+            f"{torchs} sdpa": (F.scaled_dot_product_attention, (q, k, v)),
         },
         "dropout_add_norm": {
-            own: (lambda: ops.dropout_add_norm(x, r, weight, bias, **dropped), (x, r, weight, bias)),
+            own: (lambda *args: ops.dropout_add_norm(*args, **dropped), (x, r, weight, bias)),
             f"{torchs} layer_norm": (
-                lambda: F.layer_norm(x + r, (WIDTH,), half_weight, half_bias), (x, r, half_weight, half_bias)),
+                lambda x, r, weight, bias: F.layer_norm(x + r, (WIDTH,), weight, bias), (x, r, half_weight, half_bias)),
             "liger layer_norm": (liger_norm, (x, half_weight, half_bias)),
         },
         "bias_gelu": {
-            own: (lambda: ops.bias_gelu(wide, wide_bias, backend=backend), (wide, wide_bias)),
-            f"{torchs} gelu": (lambda: F.gelu(wide + half_wide_bias), (wide, half_wide_bias)),
+            own: (lambda *args: ops.bias_gelu(*args, backend=backend), (wide, wide_bias)),
+            f"{torchs} gelu": (lambda x, bias: F.gelu(x + bias), (wide, half_wide_bias)),
         },
         "embed_norm": {
-            own: (lambda: ops.embed_norm(ids, types, positions, *tables, weight, bias, **dropped),
-                  (*tables, weight, bias)),
+            own: (lambda *args: ops.embed_norm(ids, types, positions, *args, **dropped), (*tables, weight, bias)),
         },
         "linear_cross_entropy": {
-            own: (cross_entropy, (x, tables_half, vocab_bias)),
+            own: (cross_entropy, (x, half_table, vocab_bias)),
             f"{torchs} cross_entropy": (
-                lambda: F.cross_entropy(F.linear(x, tables_half, vocab_bias).float(), labels),
-                (x, tables_half, vocab_bias)),
+                lambda *args: F.cross_entropy(F.linear(*args).float(), labels), (x, half_table, vocab_bias)),
         },
-        BARE: {BARE: (lambda: x + r, (x, r))},
+        BARE: {
+            BARE: (torch.add, (x, r)),
+            EMPTY: (Nothing.apply, (x, r, weight, bias)),
+        },
     }  # fmt: skip
 
 
-def build(call: Callable, leaves: tuple, direction: str) -> Callable[[], object]:
-    """Forward as in training, or backward alone."""
-    out = call()
+def build(function: Callable, arguments: tuple, direction: str) -> Callable[[], object]:
+    """CALLS calls, forward as in training or backward alone, each with arguments of its own: no gradients are added."""
+    copies = [[x.detach().clone().requires_grad_() for x in arguments] for _ in range(CALLS)]
     if direction == "fwd":
-        return call
-    slope = torch.ones_like(out)
-    return lambda: torch.autograd.grad(out, leaves, slope, retain_graph=True)
+        return lambda: [function(*args) for args in copies]
+    outputs = [function(*args) for args in copies]
+    slopes = [torch.ones_like(out) for out in outputs]
+    leaves = [x for args in copies for x in args]
+    return lambda: torch.autograd.grad(outputs, leaves, slopes, retain_graph=True, allow_unused=True)
 
 
 def step_call(mode: str, device: str, backend: str, layers: int) -> Callable[[], object]:
@@ -147,17 +166,18 @@ def cases(
     backend = "triton" if backend == "auto" else backend
     torch.set_num_threads(1)  # another thread's spinning is no work of the host
     torch.set_flush_denormal(True)  # what kernels would have written is whatever lay in memory
-    common = {"suite": "host", "work": Work(), "clock": on_host, "baseline": BARE}
+    common = {"suite": "host", "work": Work(), "baseline": BARE}
     with nullcontext() if device == "cuda" else recorded(CAPABILITY, GPU[CAPABILITY]):
         table = op_calls(device, backend)
-        bare = table.pop(BARE)[BARE]
+        beside = table.pop(BARE)
         for name, providers in table.items():
             for direction in ("fwd", "bwd"):
                 found = {n: partial(build, *made, direction) for n, made in providers.items() if only(n)}
                 if op(name) and found:
-                    found[BARE] = partial(build, *bare, "fwd")
-                    labels = {"dtype": "bfloat16", "direction": direction}
-                    yield Case(name=name, labels=labels, providers=found, **common)
+                    found[EMPTY] = partial(build, *beside[EMPTY], direction)
+                    found[BARE] = partial(build, *beside[BARE], "fwd")
+                    labels, clock = {"dtype": "bfloat16", "direction": direction}, partial(on_host, calls=CALLS)
+                    yield Case(name=name, labels=labels, providers=found, clock=clock, **common)
         for mode, name in (("train", "training step"), ("infer", "inference, batch 1")):
             found = {
                 "minibert": partial(step_call, mode, device, backend, layers),
@@ -165,5 +185,7 @@ def cases(
             }
             found = {n: made for n, made in found.items() if only(n)}
             if op(name) and found:
-                found[BARE] = partial(build, *bare, "fwd")
-                yield Case(name=f"{name}, {layers} layers", labels={"dtype": "bfloat16"}, providers=found, **common)
+                function, arguments = beside[BARE]
+                found[BARE] = partial(partial, function, *arguments)
+                labels = {"dtype": "bfloat16"}
+                yield Case(name=f"{name}, {layers} layers", labels=labels, providers=found, clock=on_host, **common)

@@ -167,7 +167,7 @@ def _output(x, gated):
 def _run_backward(
     dout: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, act: str, gated: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, width, cols = x.new_empty(x.shape), x.shape[-1], dout.shape[-1]
+    dx, width, cols = x.new_empty(*x.shape), x.shape[-1], dout.shape[-1]
     if dx.numel() == 0:
         return dx, x.new_zeros(0 if bias is None else width, dtype=torch.float32)
     plan = gelu_plan(cols, "bwd")

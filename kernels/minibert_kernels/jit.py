@@ -15,6 +15,7 @@ _COMPILATION = (
     "instrumentation_mode",
     "fpsan_homomorphic_casts",
 )  # knobs that change the code; not all Tritons have all
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def _kinds(args):
@@ -23,19 +24,16 @@ def _kinds(args):
     add = kinds.append
     for value in args:
         kind = type(value)
-        if isinstance(value, torch.Tensor):
-            add(value.dtype)
-            add(value.data_ptr() & 15)
-        elif kind is int:
-            if value == 1 or not -(2**31) <= value < 2**31:
-                add(value)
-            else:
-                add("16" if value & 15 == 0 else "")
-        elif kind is float:
+        if kind is int:
+            add(value if value == 1 or not -(2**31) <= value < 2**31 else "" if value & 15 else "16")
+        elif kind is float or value is None:
             add(kind)
         elif isinstance(value, tuple):
             add(kind)
             kinds += _kinds(value)
+        elif kind in _PLAIN or isinstance(value, torch.Tensor):  # which costs the host as much as all the rest
+            add(value.dtype)
+            add(value.data_ptr() & 15)
         else:
             add((kind, value))  # True is not 1
     return kinds

@@ -175,13 +175,13 @@ def _forward_buffers(x, residual, dropout, kind):
     shape = x.shape
     total = x.new_empty(shape if residual is not None or dropout > 0.0 else 0)
     stats = x.new_empty((2 if kind == "layernorm" else 1, x.numel() // shape[-1]), dtype=torch.float32)
-    return x.new_empty(shape), total, stats
+    return x.new_empty(*shape), total, stats
 
 
 def _backward_buffers(x, residual_dtype, dropout):
     """Uninitialised (dx, dresidual); dresidual is empty where it would equal dx."""
     separate = residual_dtype is not None and (dropout > 0.0 or residual_dtype != x.dtype)
-    return x.new_empty(x.shape), x.new_empty(x.shape if separate else 0, dtype=residual_dtype or x.dtype)
+    return x.new_empty(*x.shape), x.new_empty(x.shape if separate else 0, dtype=residual_dtype or x.dtype)
 
 
 def _row_counters(rows, dropout):
