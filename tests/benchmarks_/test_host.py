@@ -29,7 +29,9 @@ def test_a_call_s_host_time_stands_beside_the_barest_call_s(tmp_path):
     rows = json.loads(record.read_text())["rows"]
     timed = {(r["case"], r.get("direction"), r["provider"]): r for r in rows if "refused" not in r}
     for direction in ("fwd", "bwd"):
-        assert {("bias_gelu", direction, name) for name in ("minibert", "torch gelu", "empty Function", "x + r")} <= set(timed)
+        assert {
+            ("bias_gelu", direction, name) for name in ("minibert", "torch gelu", "empty Function", "x + r")
+        } <= set(timed)
     assert ("inference, batch 1, 2 layers", None, "minibert") in timed
     for row in timed.values():
         assert row["timing"] == "CPU time" and 0 < row["seconds_low"] <= row["seconds"] and "load" in row
