@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXPLAINING = (ROOT / "docs/explaining.md").read_text(encoding="utf-8")
 PROFILING = (ROOT / "docs/profiling.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "kernels/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = ("make ", "nsys stats ", "proton-viewer ")  # what neither minibert nor Python runs
+OTHERS = ("make ", "pip install ", "nsys stats ", "proton-viewer ")  # what neither minibert nor Python runs
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -53,6 +53,8 @@ def test_the_python_of_the_readme_runs(number, saved_model, capsys):
     if "probabilities" in names:
         assert names["probabilities"].shape == (2, 2)
         assert len(capsys.readouterr().out.splitlines()) == 2
+    elif "states" in names:
+        assert names["states"].shape[::2] == (2, names["model"].config.hidden_size)
     else:
         assert type(names["model"].encoder.layers[0].ffn).__name__ == "ReluSquared"
 
@@ -74,6 +76,14 @@ def test_every_minibert_command_parses(document):
     for verb, *rest in minibert_commands(document.read_text(encoding="utf-8")):
         assert verb in VERBS
         assert build_parser(verb).parse_args(rest) is not None
+
+
+def test_the_command_for_each_reader_parses():
+    commands = re.findall(r"^\| .* \| `(.*)` \| .* \|$", README.split("## Two commands")[0], re.MULTILINE)
+    kernels, architecture, benchmarks = map(shlex.split, commands)
+    for program, verb, *rest in (kernels, architecture):
+        assert program == "minibert" and build_parser(verb).parse_args(rest) is not None
+    assert benchmarks[:3] == ["python", "-m", "benchmarks"] and arguments(benchmarks[3:]) is not None
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
