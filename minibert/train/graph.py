@@ -10,7 +10,6 @@ On a device that has no graphs the same step runs op by op.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,9 @@ from minibert_kernels.philox import fold
 from ..batch import Batch
 from ..model.context import site_seeds
 from ..model.graphs import Graphs, StaticInputs, check_paddable, key_of
+from .config import TrainConfig
 from .distributed import Losses
 from .step import DROPOUT, autocast
-
-if TYPE_CHECKING:
-    from .loop import TrainConfig
 
 
 class GraphedStep:
@@ -33,7 +30,7 @@ class GraphedStep:
     pieces = 1
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: "TrainConfig", weights: dict[str, float]
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, weights: dict[str, float]
     ):
         check_paddable(model)
         self.model, self.optimizer, self.config, self.weights = model, optimizer, config, weights

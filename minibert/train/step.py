@@ -8,7 +8,6 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +15,15 @@ from torch import Tensor, nn
 from minibert_kernels.philox import fold
 
 from ..batch import Batch
+from .config import TrainConfig
 from .distributed import Losses, World
 from .optim import drop_frozen
-
-if TYPE_CHECKING:
-    from .loop import TrainConfig
 
 DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with keys of its own
 logger = logging.getLogger(__name__)
 
 
-def autocast(config: "TrainConfig", device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
     if device.type == "meta":  # which has none; a step runs there to be looked at
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -41,7 +38,7 @@ class EagerStep:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: "TrainConfig", weights: dict[str, float],
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, weights: dict[str, float],
         *, parts: Callable[[Batch], dict[str, int]], progress: Callable[[], float], world: World,
     ):  # fmt: skip
         self.model, self.optimizer, self.config, self.weights = model, optimizer, config, weights

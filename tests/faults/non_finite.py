@@ -7,7 +7,7 @@ import torch
 
 from minibert.train import NonFiniteError, TrainConfig, read_metrics
 from minibert.train.checkpoint import Run
-from minibert.train.loop import Trainer
+from minibert.train.loop import TrainingLoop
 from minibert.train.optim import optimizer_state
 
 from .common import STEPS, Tally, corpus, new_config, new_model, refusal, samples
@@ -82,7 +82,7 @@ class Spoilt:
 
     def __init__(self, run_dir: Path, spoil: Callable, config: TrainConfig):
         data, tokenizer, self.model = samples(), corpus()[0].tokenizer, new_model()
-        self.trainer = Trainer(self.model, data, None, config, Run(run_dir, False), tokenizer, data.parts, {})
+        self.trainer = TrainingLoop(self.model, data, None, config, Run(run_dir, False), tokenizer, data.parts, {})
         self.micro, self.before, self.after = -1, {}, {}
         self.model.register_forward_pre_hook(self.count)
         spoil(self.model, lambda which: self.micro == 2 * (STEP - 1) + which)

@@ -13,18 +13,18 @@ import torch
 from minibert import BertConfig, BertForPreTraining, hub
 from minibert.train import claim, latest, verify
 from minibert.train.checkpoint import Run, read_trainer
-from minibert.train.loop import OPTIMIZER, Trainer
+from minibert.train.loop import OPTIMIZER, TrainingLoop
 
 from .common import Tally, corpus, ended, fork, kill, litter, new_config, samples
 
 
-def saver(run_dir: Path) -> Trainer:
+def saver(run_dir: Path) -> TrainingLoop:
     """A trainer with moments; `save_as` makes a checkpoint of it that is a function of its number."""
     tokenizer, data = corpus()[0].tokenizer, samples()
     model = BertForPreTraining(
         BertConfig.preset("bert-tiny", vocab_size=tokenizer.vocab_size, hidden_size=64), backend="reference"
     )
-    trainer = Trainer(model, data, None, new_config(keep_last=2), Run(run_dir, False), tokenizer, data.parts, {})
+    trainer = TrainingLoop(model, data, None, new_config(keep_last=2), Run(run_dir, False), tokenizer, data.parts, {})
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     trainer.optimizer.step()
@@ -32,7 +32,7 @@ def saver(run_dir: Path) -> Trainer:
 
 
 @torch.no_grad()
-def save_as(trainer: Trainer, step: int) -> None:
+def save_as(trainer: TrainingLoop, step: int) -> None:
     for p in trainer.model.parameters():
         p.fill_(step)
         trainer.optimizer.state[p]["exp_avg"].fill_(-step)
@@ -106,7 +106,7 @@ def kills_before_each_operation(tally: Tally, count: int, directory: Path) -> No
             check(run_dir, (2, 3), loaded)
 
 
-def third_save(trainer: Trainer, run_dir: Path, last: int | None = None) -> int:
+def third_save(trainer: TrainingLoop, run_dir: Path, last: int | None = None) -> int:
     """Save the steps 1 to 3; returns how many operations on files the third took, or dies before number `last`."""
     seen, fsync = 0, os.fsync
 

@@ -19,7 +19,7 @@ from minibert.train import NonFiniteError, TrainConfig, read_metrics
 from minibert.train.checkpoint import Run
 from minibert.train.distributed import World
 from minibert.train.graph import GraphedStep
-from minibert.train.loop import Trainer
+from minibert.train.loop import TrainingLoop
 from minibert.train.optim import CAPTURABLE, OPTIMIZERS, cut_by_depth
 
 SIZES = (5, 3, 8)  # sequences of the batches, in turn
@@ -33,7 +33,7 @@ class Crash(Exception):
 def trainer(run_dir, kind="pretraining", *, graphed, data=None, resume=False, model=None, evaluate=None, **changes):
     """A `Trainer` on the CPU, where the graphed step runs as it does on a GPU, but is not captured."""
     model, data = model or make_model(kind), data or Stream(kind, SIZES)
-    made = Trainer(model, data, evaluate, make_config(**changes), Run(run_dir, resume), None, KINDS[kind][1], {})
+    made = TrainingLoop(model, data, evaluate, make_config(**changes), Run(run_dir, resume), None, KINDS[kind][1], {})
     if graphed:
         made.work = GraphedStep(made.model, made.optimizer, made.config, made.weights)
     return made
@@ -287,7 +287,7 @@ def test_a_head_without_an_objective_has_no_gradient_no_state_and_is_not_decayed
     model = make_model("pretraining")
     before = weights_of(model)
     data = Stream("pretraining", SIZES)
-    made = Trainer(
+    made = TrainingLoop(
         model, data, None, make_config(steps=3), Run(tmp_path, False), None,
         lambda batch: {"mlm_loss": len(batch.mlm_rows)}, {},
     )  # fmt: skip

@@ -20,7 +20,7 @@ from minibert.train import (
     train,
 )
 from minibert.train.checkpoint import Run
-from minibert.train.loop import Trainer
+from minibert.train.loop import TrainingLoop
 from minibert.train.step import DROPOUT
 from minibert_kernels.philox import fold
 
@@ -130,7 +130,7 @@ def gradients(tmp_path, sizes, clip=None, weights=None):
     """One step over the samples 0 to 11, cut into micro-batches of these sizes."""
     config = make_config(accumulate=len(sizes), clip=clip)
     data, model = Stream("pretraining", sizes), make_model("pretraining")
-    trainer = Trainer(model, data, None, config, Run(tmp_path, False), None, KINDS["pretraining"][1], {}, weights)
+    trainer = TrainingLoop(model, data, None, config, Run(tmp_path, False), None, KINDS["pretraining"][1], {}, weights)
     model.train()
     batches, shares, cursor = trainer._draw(0)
     assert cursor == 12
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_it(tmp_path):
     assert [record["step"] for record in log_of(tmp_path)] == [1, 2]
     saved = make_model(seed=1)
     with claim(tmp_path, resume=True) as held:
-        Trainer(saved, Stream(), None, config, held, None, KINDS["classification"][1], {})
+        TrainingLoop(saved, Stream(), None, config, held, None, KINDS["classification"][1], {})
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
 
 

@@ -15,7 +15,7 @@ from tiny_run import Stream, evaluate_loss, make_config, make_model, run
 from minibert.model import BertForSequenceClassification
 from minibert.train import Interrupted, NonFiniteError, checkpoint, claim
 from minibert.train.average import Average
-from minibert.train.loop import Trainer
+from minibert.train.loop import TrainingLoop
 from minibert.train.optim import depths
 
 
@@ -214,7 +214,7 @@ def test_a_growing_batch_resumes_bit_for_bit(tmp_path):
     sizes = [max(1, round(4 * min(1, (step + 1) / 11 / 0.5))) for step in range(10)]
     assert sizes[0] == 1 and sizes[-1] == 4
     with claim(tmp_path / "whole", resume=True) as held:
-        trainer = Trainer(make_model(), Stream(), None, config, held, None, lambda batch: {"loss": 5}, {})
+        trainer = TrainingLoop(make_model(), Stream(), None, config, held, None, lambda batch: {"loss": 5}, {})
     assert trainer.cursor == 5 * sum(sizes)
     with pytest.raises(Crash):
         run(tmp_path / "cut", config=config, data=Stream(before=crash_at(5 * sum(sizes[:7]))))

@@ -10,7 +10,7 @@ from tiny_run import KINDS, Stream, make_config, make_model, run
 
 from minibert.train import World
 from minibert.train.checkpoint import Run
-from minibert.train.loop import Trainer
+from minibert.train.loop import TrainingLoop
 
 
 def small_memory(model, tokens, where="forward"):
@@ -39,7 +39,7 @@ def step(tmp_path, tokens, where="forward", **changes):
     config = make_config(accumulate=2, split_on_oom=True, **changes)
     model, seen = small_memory(make_model("pretraining"), tokens, where)
     run = Run(tmp_path, False)
-    trainer = Trainer(model, Stream("pretraining", (7, 5)), None, config, run, None, KINDS["pretraining"][1], {})
+    trainer = TrainingLoop(model, Stream("pretraining", (7, 5)), None, config, run, None, KINDS["pretraining"][1], {})
     model.train()
     batches, shares, _ = trainer._draw(0)
     record = trainer._update(batches, shares, trainer._backward(batches, shares))
@@ -66,7 +66,7 @@ def test_a_mean_over_unequal_labels_stays_one_where_a_piece_has_none(tmp_path):
     for tokens in (1000, 11):
         model, _ = small_memory(make_model("pretraining", hidden_dropout_prob=0.0), tokens)
         config, parts = make_config(split_on_oom=True), KINDS["pretraining"][1]
-        trainer = Trainer(model, None, None, config, Run(tmp_path, False), None, parts, {})
+        trainer = TrainingLoop(model, None, None, config, Run(tmp_path, False), None, parts, {})
         losses[tokens] = trainer._backward([batch], [{"mlm_loss": 1.0, "nsp_loss": 1.0}])
     torch.testing.assert_close(losses[11], losses[1000], rtol=1e-5, atol=1e-7)
 
