@@ -19,11 +19,9 @@ from ..data.tokenizer import Tokenizer
 from ..hub import BIAS, DECODER_BIAS, architecture, hf_config, hf_names
 from ..model import (
     MODELS,
-    BertForJointClassification,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForPreTraining,
-    BertForRelationExtraction,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
@@ -32,7 +30,6 @@ from ..model.losses import problem_type
 
 STATE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
 GRADIENT_FLOOR = 1e-2
-OURS = (BertForRelationExtraction, BertForJointClassification)  # transformers has only their encoder
 TEXTS = (
     ("The ferry left the harbour before the fog had lifted.", "Nobody on the pier noticed that it was early."),
     ("Can a kettle whistle in the key of C?", "Ours does, slightly flat, every single morning!"),
@@ -85,7 +82,7 @@ def parity(directory, *, allow_pickle: bool = False, backend: str = "auto", devi
         ValueError: transformers is not installed, or the directory is no checkpoint.
     """
     kind = MODELS[architecture(directory, allow_pickle)]
-    kind = BertModel if kind in OURS else kind
+    kind = kind if kind.in_transformers else BertModel  # transformers has only the encoder
     ours = kind.from_pretrained(directory, allow_pickle=allow_pickle, backend=backend)
     if isinstance(ours, BertForTokenClassification):
         ours.crf = None  # transformers has none: what lies below is compared

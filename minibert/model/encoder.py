@@ -111,6 +111,23 @@ class Bert(nn.Module):
     new_parameters: tuple[str, ...] = ()
     objective = ""  # names the Hugging Face class in config.json
     paddable = True  # empty sequences behind a batch change nothing of what it gives: see `Batch.padded`
+    in_transformers = True  # whether transformers has a class of this name
+
+    @classmethod
+    def example_targets(cls, config: BertConfig, lengths: Tensor, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """Random targets of a batch to profile or benchmark a training step on, by the names of `Batch`'s fields.
+
+        Args:
+            lengths: int64 [B], the tokens of each sequence. draw: (high, *shape) to integers below high.
+        Raises:
+            ValueError: nothing is learned here.
+        """
+        raise ValueError(f"{cls.objective} has no head to train: use mode='infer'")
+
+    @classmethod
+    def example_inputs(cls, lengths: Tensor) -> dict[str, Tensor]:
+        """What a batch needs beside its tokens, likewise, for inference too."""
+        return {}
 
     @classmethod
     def from_pretrained(cls, directory, **options):

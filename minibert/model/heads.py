@@ -1,6 +1,7 @@
 """What a language model is trained with: masked or next tokens, and pairs of sentences."""
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from .encoder import Bert, BertModel, enter, initialise, leave
 from .ffn import APPROXIMATE, activated
 from .losses import check_classes, check_shape, cross_entropy
 from .norm import NORMS
+
+MASKED = 0.15  # share of the tokens that a masked language model predicts (Devlin et al., 2019)
 
 
 class MLMHead(nn.Module):
@@ -39,6 +42,13 @@ class MLMHead(nn.Module):
         return linear_cross_entropy(
             hidden, self.decoder.weight, self.decoder.bias, labels, max_labels=len(labels), backend=ctx.backend
         )
+
+
+def example_mlm_targets(config: BertConfig, lengths: Tensor, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Targets of a masked language model, at a share of all tokens."""
+    tokens = int(lengths.sum())
+    rows = draw(2**62, tokens).argsort()[: max(1, round(MASKED * tokens))].sort().values
+    return {"mlm_rows": rows, "mlm_labels": draw(config.vocab_size, len(rows))}
 
 
 class Headed(Bert):
@@ -72,6 +82,10 @@ class BertForPreTraining(Headed):
     """
 
     objective = "BertForPreTraining"
+
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        return example_mlm_targets(config, lengths, draw) | {"nsp_labels": draw(2, len(lengths))}
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=True, backend=backend)
@@ -116,6 +130,10 @@ class BertForMaskedLM(Headed):
     """
 
     objective = "BertForMaskedLM"
+
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        return example_mlm_targets(config, lengths, draw)
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=False, backend=backend)

@@ -4,6 +4,8 @@ Each takes a packed `Batch` or the Hugging Face call, with `labels` in the batch
 of -100 is left out; where all are, the loss is 0 with zero gradients.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,7 +20,7 @@ from .context import Context, Output
 from .crf import best_tags, crf_for, tag_loss
 from .encoder import SITES, BertModel, enter, first_tokens, initialise, leave
 from .heads import Headed, pack_labels
-from .losses import check_classes, check_shape, classification_loss, cross_entropy, pair_loss
+from .losses import check_classes, check_shape, classification_loss, cross_entropy, pair_loss, problem_type
 
 POOLINGS = ("mean", "cls")
 PAIR_LOSSES = ("cosine", "contrastive")
@@ -59,6 +61,10 @@ class BertForSequenceClassification(TaskHead):
 
     objective = "BertForSequenceClassification"
 
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        return example_classes(config, len(lengths), draw)
+
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=True, backend=backend)
         self.classifier = self.linear(config.hidden_size, config.num_labels)
@@ -87,6 +93,10 @@ class BertForTokenClassification(TaskHead):
     """
 
     objective = "BertForTokenClassification"
+
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        return {"token_labels": draw(config.num_labels, int(lengths.sum()))}
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=False, backend=backend)
@@ -119,6 +129,10 @@ class BertForQuestionAnswering(TaskHead):
     """
 
     objective = "BertForQuestionAnswering"
+
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        return {"labels": draw(int(lengths.min()), len(lengths), 2)}
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         if config.num_labels != 2:
@@ -153,6 +167,10 @@ class BertForMultipleChoice(TaskHead):
 
     objective = "BertForMultipleChoice"
     paddable = False
+
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        return {"labels": draw(len(lengths), 1)}  # all choices of one question
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=True, backend=backend)
@@ -197,6 +215,16 @@ class BertForRelationExtraction(TaskHead):
 
     objective = "BertForRelationExtraction"
     paddable = False
+    in_transformers = False
+
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        return example_classes(config, len(lengths), draw)
+
+    @classmethod
+    def example_inputs(cls, lengths):
+        ends = lengths.cumsum(0)
+        return {"token_rows": torch.stack([ends - lengths, ends - 1], 1).flatten()}
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=False, backend=backend)
@@ -228,6 +256,12 @@ class BertForJointClassification(TaskHead):
     """
 
     objective = "BertForJointClassification"
+    in_transformers = False
+
+    @classmethod
+    def example_targets(cls, config, lengths, draw):
+        slots = draw(config.num_labels, int(lengths.sum()))
+        return {"token_labels": slots, "labels": draw(len(intents(config)), len(lengths))}
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=True, backend=backend)
@@ -291,6 +325,15 @@ class BertForSentenceEmbedding(BertModel):
         if ctx.batch.labels is not None:
             output.loss = pair_loss(output.sentence_embedding, ctx.batch.labels, self.loss, self.temperature)
         return output
+
+
+def example_classes(config: BertConfig, count: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """Targets of `classification_loss`, of the kind that config says."""
+    kind = problem_type(config, draw(2, count))
+    if kind == "single_label_classification":
+        return {"labels": draw(config.num_labels, count)}
+    shape = (count, config.num_labels) if kind == "multi_label_classification" else (count,)
+    return {"labels": draw(2, *shape).float()}
 
 
 def mean_tokens(x: Tensor, ctx: Context) -> Tensor:

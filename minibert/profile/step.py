@@ -10,14 +10,13 @@ from minibert_kernels.philox import fold
 
 from ..batch import Batch, pack
 from ..config import BertConfig
-from ..model.losses import problem_type
+from ..model import MODELS
 from ..train import OPTIMIZERS
 
-MASKED = 0.15  # share of the tokens that a masked language model predicts (Devlin et al., 2019)
 LR, CLIP = 1e-4, 1.0
 
 
-def lengths_of(batch_size: int, length: int, fill: float, seed: int = 0) -> list[int]:
+def lengths_of(batch_size: int, length: int, fill: float, seed: int = 0) -> torch.Tensor:
     """`batch_size` lengths up to `length` in a shuffled order, whose mean is about `fill * length`.
 
     They are length * u^(1 / fill - 1) for u spread evenly over (0, 1): all equal at fill 1, many short and few long
@@ -25,7 +24,7 @@ def lengths_of(batch_size: int, length: int, fill: float, seed: int = 0) -> list
     """
     u = (torch.arange(batch_size, dtype=torch.float64) + 0.5) / batch_size
     lengths = (length * u ** (1 / fill - 1)).round().long().clamp(min=1)
-    return lengths[torch.randperm(batch_size, generator=torch.Generator().manual_seed(seed))].tolist()
+    return lengths[torch.randperm(batch_size, generator=torch.Generator().manual_seed(seed))]
 
 
 def synthetic_batch(
@@ -43,32 +42,12 @@ def synthetic_batch(
         raise ValueError(f"length={length} exceeds max_position_embeddings={config.max_position_embeddings}")
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high, *shape: torch.randint(high, shape, generator=generator)  # noqa: E731
-    lengths, targets = lengths_of(batch_size, length, fill, seed), {}
-    tokens = sum(lengths)
-    if labels and objective in ("BertModel", "BertForSentenceEmbedding"):
-        raise ValueError(f"{objective} has no head to train: use mode='infer'")
-    if labels and objective in ("BertForPreTraining", "BertForMaskedLM"):
-        rows = torch.randperm(tokens, generator=generator)[: max(1, round(MASKED * tokens))].sort().values
-        targets = {"mlm_rows": rows, "mlm_labels": draw(config.vocab_size, len(rows))}
-    if labels and objective == "BertForPreTraining":
-        targets["nsp_labels"] = draw(2, batch_size)
-    if objective == "BertForRelationExtraction":
-        ends = torch.tensor(lengths).cumsum(0)
-        targets["token_rows"] = torch.stack([ends - torch.tensor(lengths), ends - 1], 1).flatten()
-    if labels and objective in ("BertForTokenClassification", "BertForJointClassification"):
-        targets["token_labels"] = draw(config.num_labels, tokens)
-    if labels and objective == "BertForJointClassification":
-        targets["labels"] = draw(len(config.task_specific_params["intents"]), batch_size)
-    if labels and objective == "BertForQuestionAnswering":
-        targets["labels"] = draw(min(lengths), batch_size, 2)
-    if labels and objective == "BertForMultipleChoice":
-        targets["labels"] = draw(batch_size, 1)  # all choices of one question
-    if labels and objective in ("BertForSequenceClassification", "BertForRelationExtraction"):
-        kind = problem_type(config, draw(2, batch_size))
-        shape = (batch_size, config.num_labels) if kind == "multi_label_classification" else (batch_size,)
-        targets["labels"] = draw(2 if len(shape) == 2 else config.num_labels, *shape)
-        targets["labels"] = targets["labels"] if kind == "single_label_classification" else targets["labels"].float()
-    return pack([ids.tolist() for ids in draw(config.vocab_size, tokens).split(lengths)], **targets)
+    head, lengths = MODELS[objective], lengths_of(batch_size, length, fill, seed)
+    targets = head.example_targets(config, lengths, draw) if labels else {}
+    targets |= head.example_inputs(lengths)
+    return pack(
+        [ids.tolist() for ids in draw(config.vocab_size, int(lengths.sum())).split(lengths.tolist())], **targets
+    )
 
 
 class Step:

@@ -183,7 +183,7 @@ def test_a_compiled_step_is_compiled_once():
 
 @pytest.mark.parametrize("fill", [1.0, 0.5, 0.2])
 def test_lengths_fill_the_batch_as_asked(fill):
-    lengths = lengths_of(64, 100, fill)
+    lengths = lengths_of(64, 100, fill).tolist()
     assert sum(lengths) / 6400 == pytest.approx(fill, abs=0.02) and min(lengths) >= 1 and max(lengths) <= 100
     assert (len(set(lengths)) == 1) == (fill == 1)
 
