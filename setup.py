@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "minibert/__init__.py").read_text()).group(1)
+version = re.search(r'__version__ = "(.+)"', (here / "minibert/version.py").read_text()).group(1)
 
 hf = ["transformers>=5.0"]
 data = ["datasets>=4.0", "pyarrow>=18.0", "rensa>=0.5,<1"]

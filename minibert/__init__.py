@@ -15,8 +15,8 @@ from .model import (
     BertForTokenClassification,
     BertModel,
 )
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Batch",
     "BertConfig",
@@ -32,6 +32,7 @@ __all__ = [
     "BertModel",
     "Tokenizer",
     "Trainer",
+    "__version__",
     "pipeline",
 ]
 

@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__, hub
+from .. import hub
 from ..data.tokenizer import Tokenizer
 from ..train import resolve_model
 from ..train.card import copy_card
+from ..version import __version__
 from .common import (
     model_kind,
     one_directory,

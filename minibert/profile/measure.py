@@ -16,11 +16,11 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import record_function
 
-from .. import __version__
 from ..batch import Batch
 from ..config import one_of
 from ..files import write_atomically
 from ..train import OPTIMIZERS
+from ..version import __version__
 from .step import Step
 from .watch import Traffic, count_traffic, find_syncs, name_of, ranges
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
 from ..files import write_atomically
+from ..version import __version__
 
 RUN, CARD = "run.json", "README.md"
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")

@@ -24,11 +24,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .. import __version__, hub
+from .. import hub
 from ..batch import Batch
 from ..config import one_of
 from ..model.encoder import Encoder
 from ..model.lora import learned, low_rank
+from ..version import __version__
 from . import checkpoint
 from .average import Average, put_back
 from .card import record_run, write_card
