@@ -1,6 +1,7 @@
 """The direction of imports, the shape of the tree, and what an import may do to others."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -105,6 +106,23 @@ def test_the_walk_sees_an_import_in_each_form(tmp_path, monkeypatch):
     path.write_text(FORMS)
     expected = [None, "model", "hub", "minibert", "data", "train", PHILOX, "cli"]
     assert [ours(name) for name in imports(path)] == expected
+
+
+def module(path):
+    """The dotted name of a file of ours."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[parts[0] == "kernels" :]).removesuffix(".__init__")
+
+
+def test_no_file_imports_itself_through_others():
+    files = {module(path): path for path in sources("minibert", "kernels")}
+    graph = {}
+    for name, path in files.items():
+        imported = [target.removeprefix("kernels.") for target in imports(path)]
+        # what is imported is a file, or a name in one
+        graph[name] = {t if t in files else t.rpartition(".")[0] for t in imported} & files.keys() - {name}
+    assert len(graph["minibert.train.loop"]) > 10 and "minibert_kernels.jit" in graph["minibert_kernels.gelu"]
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the way around
 
 
 def test_the_kernels_import_nothing_of_minibert():

@@ -1,6 +1,7 @@
 """BERT's ops on packed tokens: in Triton where there is a GPU, in plain torch everywhere."""
 
 from .attention import attention, attention_schedule
+from .dispatch import TRITON_OPS as TRITON_OPS
 from .embedding import embed_norm
 from .gelu import bias_geglu, bias_gelu, bias_swiglu
 from .lamb import lamb_step
@@ -9,22 +10,6 @@ from .linear_cross_entropy import linear_cross_entropy
 from .masking import mlm_mask
 from .packing import pack, select_rows, unpack
 from .reference import attention_probs
-
-# those with a kernel beside their reference; each takes backend="auto" | "triton" | "reference"
-TRITON_OPS = (
-    "attention",
-    "bias_geglu",
-    "bias_gelu",
-    "bias_swiglu",
-    "dropout_add_norm",
-    "embed_norm",
-    "lamb_step",
-    "linear_cross_entropy",
-    "mlm_mask",
-    "pack",
-    "select_rows",
-    "unpack",
-)
 
 __all__ = [
     "attention",

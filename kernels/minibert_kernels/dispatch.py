@@ -16,6 +16,21 @@ from ._triton import AVAILABLE, triton
 from .launch import posing
 
 BACKENDS = ("auto", "triton", "reference")
+# the ops with a kernel beside their reference, and its file; each takes backend=
+TRITON_OPS = {
+    "attention": "attention.py",
+    "bias_geglu": "gelu.py",
+    "bias_gelu": "gelu.py",
+    "bias_swiglu": "gelu.py",
+    "dropout_add_norm": "layer_norm.py",
+    "embed_norm": "embedding.py",
+    "lamb_step": "lamb.py",
+    "linear_cross_entropy": "linear_cross_entropy.py",
+    "mlm_mask": "masking.py",
+    "pack": "packing.py",
+    "select_rows": "packing.py",
+    "unpack": "packing.py",
+}
 REFERENCE = "reference.py"
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 log = logging.getLogger("minibert_kernels")
@@ -40,13 +55,10 @@ def disabled(*ops: str):
     Raises:
         ValueError: an op has no Triton kernel.
     """
-    import minibert_kernels
-
     global _disabled
-    known = minibert_kernels.TRITON_OPS
     for op in ops:
-        if op not in known:
-            raise ValueError(f"op={op!r} is not one of {', '.join(known)}")
+        if op not in TRITON_OPS:
+            raise ValueError(f"op={op!r} is not one of {', '.join(TRITON_OPS)}")
     before, _disabled = _disabled, _disabled | set(ops)
     try:
         yield
@@ -138,10 +150,7 @@ def check_floating(**tensors) -> None:
 
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
     """What `backend="auto"` runs for `op` on tensors of `device`, why, and the file of each implementation."""
-    import minibert_kernels
-
-    kernel = f"{getattr(minibert_kernels, op).__module__}".replace("minibert_kernels.", "") + ".py"
-    if op not in minibert_kernels.TRITON_OPS:
+    if op not in TRITON_OPS:
         return {
             "runs": "reference",
             "why": "has no kernel of its own",
@@ -152,7 +161,7 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     reason = reason or _missing(torch.device(device).type, dtype, False)
     why = "the device and dtype are supported" if reason is None else f"'triton' {reason}"
     runs = "triton" if reason is None else "reference"
-    return {"runs": runs, "why": why, "triton": kernel, "reference": REFERENCE}
+    return {"runs": runs, "why": why, "triton": TRITON_OPS[op], "reference": REFERENCE}
 
 
 def _missing(device_type: str, dtype: torch.dtype, interpret: bool) -> str | None:

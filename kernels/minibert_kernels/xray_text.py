@@ -1,11 +1,9 @@
 """The rows of `xray` as text: an aligned table, the tables of kernels/README.md, and what two of them differ in."""
 
-import sys
 from pathlib import Path
 
-import minibert_kernels
-
 from ._triton import compiler_versions
+from .dispatch import TRITON_OPS
 from .roofline import HEADS, LENGTH, TOKENS
 
 KEY = ("op", "direction", "plan", "kernel", "arch")  # which row of an old table is which of a new one
@@ -62,7 +60,7 @@ def markdown(rows: list, counts: list[dict]) -> str:
     lines = ["| op | case | file | lines | fwd bytes / minimum | bwd bytes / minimum | saved bytes a token |"]
     lines.append("|---" * 7 + "|")
     for c in counts:
-        file = Path(sys.modules[getattr(minibert_kernels, c["op"]).__module__].__file__)
+        file = Path(__file__).with_name(TRITON_OPS[c["op"]])
         lines.append(
             f"| `{c['op']}` | {c['label'] or '–'} | `{file.name}` | {len(file.read_text().splitlines())} "
             f"| {c['forward_over_minimum']:.3f} | {c['backward_over_minimum'] or '–'} | {c['saved']:g} |"

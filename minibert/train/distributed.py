@@ -203,9 +203,9 @@ class World:
         """
         if path.is_file():
             return safetensors.torch.load_file(path)
-        from .sharded import read_shares  # imports half a second of torch
+        from .shares import read_shares  # imports half a second of torch
 
-        return read_shares(path, parameters)
+        return read_shares(path, parameters, alone=self.size == 1)
 
 
 def _broadcast(value: Any) -> Any:

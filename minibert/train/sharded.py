@@ -6,7 +6,6 @@ whatever else is in no block are one more group, in which a decoder and the word
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,13 +13,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..model.encoder import Encoder
 from .distributed import PeerFailed, World
+from .shares import name_shares, owner
 
 T = TypeVar("T")
 
@@ -69,48 +69,11 @@ class Sharded(World):
             if not self.leads:
                 raise PeerFailed("a share of the checkpoint was not written: rank 0 says why") from None
             raise next(iter(error.failures.values()))[0] from None
-        self.once(lambda: _name_shares(path))
+        self.once(lambda: name_shares(path))
 
     def read(self, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = super().read(path, parameters)
-        return {name: _share(value, parameters.get(_owner(name, parameters))) for name, value in tensors.items()}
-
-
-def read_shares(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What any number of ranks wrote for `path`, divided as the parameters are in this process: see `World.read`.
-
-    Raises:
-        ValueError: there is none, or a tensor has another shape than its parameter. OSError: it cannot be read.
-    """
-    shares = [str(share) for share in sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))]
-    if not shares:
-        raise ValueError("no such file")
-    reader = HuggingFaceStorageReader(path.parent)
-    reader.fs.ls = lambda folder: shares  # of a checkpoint's other files, some have tensors of the same names
-    tensors = {}
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
-        parameter = parameters.get(_owner(name, parameters))
-        if parameter is None:
-            continue
-        if len(stored.size) and stored.size != parameter.shape:
-            raise ValueError(f"{name} has shape {list(stored.size)}: expected {list(parameter.shape)}")
-        tensors[name] = torch.zeros_like(parameter.detach()) if len(stored.size) else torch.zeros(())
-    try:
-        checkpoint.load(tensors, storage_reader=reader, no_dist=World.current().size == 1)
-    except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
-    return tensors
-
-
-def _name_shares(path: Path) -> None:
-    """From the names that torch gives, shard-00001-model-00001-of-00001.safetensors."""
-    for share in path.parent.glob("shard-*.safetensors"):
-        os.replace(share, path.with_stem(f"{path.stem}-{share.name.split('-')[1]}"))
-
-
-def _owner(name: str, parameters: Mapping[str, Tensor]) -> str:
-    """The parameter that a tensor belongs to: itself, or one of its moments."""
-    return name if name in parameters else name.rpartition(".")[0]
+        return {name: _share(value, parameters.get(owner(name, parameters))) for name, value in tensors.items()}
 
 
 def _share(value: Tensor, parameter: Tensor | None) -> Tensor:

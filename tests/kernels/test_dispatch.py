@@ -123,3 +123,5 @@ def test_the_package_exports_the_ops_and_nothing_else():
     others = {"attention_probs", "attention_schedule"}
     assert set(minibert_kernels.__all__) == {*minibert_kernels.TRITON_OPS, *others}
     assert all(callable(getattr(minibert_kernels, name)) for name in minibert_kernels.__all__)
+    for name, file in minibert_kernels.TRITON_OPS.items():
+        assert getattr(minibert_kernels, name).__module__ == f"minibert_kernels.{file.removesuffix('.py')}"
