@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import BertConfig
-from ..tasks import Example, Task
+from ..tasks import Example, Task, metrics
 from ..tasks.base import Mistake, Verdict
 from ..tasks.labels import NOTHING
-from ..train import metrics
 from .page import colour, document, safe
 
 MOST = 50  # mistakes on the page

@@ -11,7 +11,7 @@ from ..data.records import Record, text_of, texts_in
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForMultipleChoice
-from ..train import metrics
+from . import metrics
 from .base import Example, Task
 from .labels import check_length, softmax
 

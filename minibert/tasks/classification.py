@@ -15,7 +15,7 @@ from ..data.rows import Row
 from ..data.text import unknown_column
 from ..data.tokenizer import Tokenizer
 from ..model import BertForSequenceClassification
-from ..train import metrics
+from . import metrics
 from .base import Example, Mistake, Task, Verdict
 from .labels import (
     NOTHING,

@@ -12,7 +12,7 @@ from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForSentenceEmbedding
 from ..model.task_heads import PAIR_LOSSES, POOLINGS
-from ..train import metrics
+from . import metrics
 from .base import Example, Task, as_numpy
 from .classification import Regression
 from .labels import check_length, distance, pair_fields, read_again, texts_of

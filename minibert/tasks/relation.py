@@ -13,9 +13,9 @@ from ..data.records import MARKERS, SHOWN, Record, label_of, text_of
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForRelationExtraction
-from ..train.spans import ratios
 from .base import Example, Task
 from .labels import check_length, class_of, label_names, softmax
+from .spans import ratios
 
 MARK = re.compile(r"</?e[12]>")
 SIGNS = ("$", "#")  # stand around the first and the second entity: pieces that most vocabularies have

@@ -17,9 +17,9 @@ from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForJointClassification, BertForTokenClassification
 from ..model.crf import begin_chain
-from ..train.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
 from .base import Example, Mistake, Task, Verdict, as_numpy, per_position
 from .labels import NOTHING, check_length, class_of, label_names, marked, softmax
+from .spans import SCHEMES, is_tag, scheme_of, span_scores, spans
 
 # a Chinese character; letters, also with ' or - between them; or a sign
 WORDS = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+(?:['’-][^\W\u3400-\u9fff]+)*|[^\w\s]")

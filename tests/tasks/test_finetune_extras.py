@@ -11,9 +11,9 @@ from small import SIZES, build
 from minibert.config import BertConfig
 from minibert.data.tokenizer import Tokenizer
 from minibert.model import BertForPreTraining, BertForSequenceClassification, BertForTokenClassification
-from minibert.tasks import Example, evaluate, make_task, task_of
+from minibert.tasks import Example, evaluate, make_task, metrics, task_of
 from minibert.tasks.finetune import finetune, reinitialise
-from minibert.train import metrics, train
+from minibert.train import train
 
 WORDS = ["red", "green", "blue", "dog", "cat", "bird", "runs", "sleeps", "flies"]
 

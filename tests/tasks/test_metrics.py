@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from minibert.train import metrics
+from minibert.tasks import metrics
 
 NAMES = ("no", "yes")
 

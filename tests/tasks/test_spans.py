@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 
-from minibert.train.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
+from minibert.tasks.spans import SCHEMES, is_tag, scheme_of, span_scores, spans
 
 metrics = pytest.importorskip("seqeval.metrics")
 schemes = pytest.importorskip("seqeval.scheme")
