@@ -249,7 +249,7 @@ def cross_entropy_plan(cols: int) -> CrossEntropyPlan:
 class AttentionPlan:
     """How an attention kernel is cut: tiles of block_m queries and block_n keys, heads padded to block_d.
 
-    apart: the tile that needs a mask comes first, and the loop behind it has none.
+    apart: a kernel of the long form takes its last tile, which may be a part of one, before the loop over the others.
     """
 
     block_m: int
@@ -322,8 +322,8 @@ def _cut(tiles, longest, block_d, chip, direction):
     num_warps = num_warps if longest >= min(block_m, block_n) else 4
     block_m, block_n = min(block_m, longest), min(block_n, longest)
     # ptxas serialises Hopper's matrix products, which have 64 rows, in two loops that share an accumulator if one may
-    # be empty, and in one loop that draws a mask. Ampere's need no tile apart, and wide heads leave no registers for
-    # it: Triton 3.9 would keep its operands in them
+    # be empty, and in one loop that draws a mask. Others (Ampere's, those of fewer rows, float32's) need no tile apart,
+    # and heads of more than 64 leave no registers for it: Triton 3.9 would keep its operands in them
     rows = block_n if direction == "dkdv" else block_m
     return AttentionPlan(
         block_m=block_m, block_n=block_n, block_d=block_d, num_warps=num_warps,

@@ -58,7 +58,7 @@ def centre_rows(total, in_row, n_cols):
 
 @triton.jit
 def _add_halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The sum of the upper and the lower half of the rows, which lie in the same threads; one row stays as it is."""
+    """The sum of the upper and the lower half of the rows, which lie in the same threads where rows are contiguous."""
     if BLOCK_M > 1:
         tile = tl.sum(tile.reshape(2, BLOCK_M // 2, BLOCK_N), axis=0)
     return tile

@@ -28,9 +28,15 @@ def test_a_rounding_error_is_allowed_where_torch_has_none():
 
 def test_of_one_element_as_much_rounding_is_allowed_as_of_many():
     ref = torch.tensor([-20.0], dtype=torch.float64)
-    check([-20.0 + 2**-18], same=ref, ref=ref)  # (-20 + 0.3) - 0.3 happens to be exact
+    check([-20.0 + 2**-19], same=ref, ref=ref)  # (-20 + 0.3) - 0.3 happens to be exact
     with pytest.raises(AssertionError, match="error"):
-        check([-20.0 + 3 * 2**-18], same=ref, ref=ref)
+        check([-20.0 + 2 * 2**-19], same=ref, ref=ref)
+
+
+def test_zeros_do_not_pass_for_small_gradients():
+    ref = 1e-3 * torch.linspace(-3, 3, 999, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="error"):
+        assert_as_accurate(torch.zeros(999).bfloat16(), ref.bfloat16(), ref, factor=BACKWARD)
 
 
 def test_nan_and_infinities_must_sit_where_the_reference_has_them():
