@@ -17,8 +17,8 @@ from rich.table import Table
 from .cli.common import refuse_filled
 from .cli.finetuning import finetune
 from .cli.pretraining import pretrain
-from .data.records import find_splits
 from .data.sample import write_sample_corpus
+from .data.sources import find_splits
 from .data.tokenizer import Tokenizer
 from .integrations.parity import load_theirs
 from .integrations.speed import time_inference

@@ -12,7 +12,7 @@ from toy_start import toy_start, write_jsonl
 from benchmarks import finetuning
 from benchmarks.__main__ import main as benchmarks
 from minibert.cli import main
-from minibert.data.records import find_splits
+from minibert.data.sources import find_splits
 from minibert.demo import REVIEWS
 from minibert.tasks import TASKS
 

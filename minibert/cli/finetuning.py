@@ -12,8 +12,9 @@ from torch import nn
 
 from ..config import BertConfig, check_fractions
 from ..data import PretrainingData
-from ..data.records import SHOWN, Record, Source, find_splits
+from ..data.records import SHOWN, Record
 from ..data.report import figure_class
+from ..data.sources import Source, find_splits
 from ..data.spool import Spool
 from ..data.tokenizer import Tokenizer
 from ..explain import render_evaluation

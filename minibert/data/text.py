@@ -212,6 +212,12 @@ def _table_rows(file: Path, column: str, suffix: str, bad) -> Iterator[str]:
     return (row[header.index(column)] for _, row in rows)
 
 
+def suffix_of(path: Path) -> str:
+    """The last suffix beside .gz and .zst."""
+    name = path.name.lower()
+    return Path(name.removesuffix(path.suffix.lower()) if path.suffix.lower() in PACKED_SUFFIXES else name).suffix
+
+
 def table_rows(file: Path, suffix: str, bad) -> Iterator[tuple[str, list[str]]]:
     """("file:line", row) of the rows of a `.csv` or `.tsv` that are not empty, the first of which has the names.
 

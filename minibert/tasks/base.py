@@ -20,9 +20,10 @@ from minibert_kernels.philox import fold, uniform
 
 from ..batch import Batch
 from ..config import BertConfig, refuse_unknown
-from ..data.records import SHOWN, Record, refuse
+from ..data.records import SHOWN, Record
 from ..data.rows import Row, in_order
 from ..data.spool import take
+from ..data.text import refuse
 from ..data.tokenizer import Tokenizer
 from ..model import Output
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import BertConfig
-from ..data.records import MARKERS, SHOWN, Record, label_of, text_of
+from ..data.formats.semeval import MARKERS
+from ..data.records import SHOWN, Record, label_of, text_of
 from ..data.rows import Row
 from ..data.tokenizer import Tokenizer
 from ..model import BertForRelationExtraction

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from minibert.cli import main
-from minibert.data.records import Source
+from minibert.data.sources import Source
 
 HEAD = "text,label\nthe cat sat,y\ndogs bark,n\n"
 GOOD = HEAD + "birds sing,y\nwhy ?,n\n" * 3

@@ -8,17 +8,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minibert.data.records import (
-    READERS,
-    Record,
-    Source,
-    as_records,
-    find_splits,
-    format_of,
-    label_of,
-    text_of,
-    texts_in,
-)
+from minibert.data.formats import READERS
+from minibert.data.records import Record, as_records, label_of, text_of, texts_in
+from minibert.data.sources import Source, find_splits, format_of
 
 
 def put(path, content):

@@ -12,8 +12,9 @@ import pytest
 from toy import finetune, save_weights, say, words_tokenizer
 
 from minibert.config import BertConfig
-from minibert.data.records import Record, Source
+from minibert.data.records import Record
 from minibert.data.rows import Row
+from minibert.data.sources import Source
 from minibert.tasks.base import read_examples, split_examples
 from minibert.tasks.qa import QuestionAnswering, best_of, exact, f1
 

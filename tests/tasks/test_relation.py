@@ -8,7 +8,8 @@ import pytest
 from toy import finetune, save_weights, say, words_tokenizer
 
 from minibert.config import BertConfig
-from minibert.data.records import Record, Source
+from minibert.data.records import Record
+from minibert.data.sources import Source
 from minibert.tasks.base import read_examples
 from minibert.tasks.relation import Relation, directed_f1
 

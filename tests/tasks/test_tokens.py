@@ -11,8 +11,9 @@ import torch
 from toy import finetune, save_weights, say, words_tokenizer
 
 from minibert.config import BertConfig
-from minibert.data.records import Record, Source, find_splits
+from minibert.data.records import Record
 from minibert.data.rows import collate
+from minibert.data.sources import Source, find_splits
 from minibert.data.tokenizer import Tokenizer
 from minibert.hub import load_config
 from minibert.tasks.base import predict, printable, read_examples

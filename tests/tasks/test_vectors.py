@@ -11,8 +11,9 @@ from toy_start import toy_start, toy_tokenizer, write_jsonl
 
 from minibert import BertConfig, BertForSentenceEmbedding, BertModel, Tokenizer
 from minibert.cli import main
-from minibert.data.records import as_records, find_splits
+from minibert.data.records import as_records
 from minibert.data.rows import RowData
+from minibert.data.sources import find_splits
 from minibert.demo import minilm_directory
 from minibert.integrations.parity import load_theirs
 from minibert.tasks import evaluate, make_task, read_examples
