@@ -27,7 +27,7 @@ from ..train.log import jsonable
 
 def say(text: str, **options) -> None:
     """A line on stderr; of several processes, the first says it for all."""
-    if started().leads:
+    if started().is_main:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False).print(text, **options)
 
 
@@ -129,7 +129,7 @@ def describe(store: TokenStore) -> str:
 
 def save_options(run: Run, verb: str, options: dict[str, Any]) -> None:
     """Print the final options and keep them in the run as `config.yaml`, which `--config` reads; rank 0 does."""
-    if not World.current().leads:
+    if not World.current().is_main:
         return
     kept = {name: value for name, value in options.items() if name != "resume"}
     text = yaml.safe_dump(kept, sort_keys=False)

@@ -188,7 +188,7 @@ def finetune(
             say(f"left out: {error}")
     if not results:
         raise NonFiniteError(f"none of {len(runs)} runs ended well: try a lower lr")
-    if len(runs) > 1 and World.current().leads:
+    if len(runs) > 1 and World.current().is_main:
         report_runs(results, tasks[folder], Path(out), curve=bool(learning_curve))
 
 
@@ -208,7 +208,7 @@ def one_run(task: Task, source: Path, out: Path, options: dict[str, Any]) -> dic
 
     fit(task, parts, source, out, known=known, begin=begin, **pick(options, f"{TRAINING} {FITTING}"))
     examples = min(len(parts["train"]), options["max_train"] or len(parts["train"]))
-    return {"train": {"examples": examples}} | (report_best(out, parts, options) if World.current().leads else {})
+    return {"train": {"examples": examples}} | (report_best(out, parts, options) if World.current().is_main else {})
 
 
 def checked_task(options: dict[str, Any]) -> Task:

@@ -161,7 +161,7 @@ def pretrain(
     Example: minibert pretrain --data corpus/ --model bert-tiny --steps 300 --out runs/tiny --objectives mlm sop
     """
     options, world = dict(locals()), World.current()
-    with world.ahead():
+    with world.main_first():
         options["objectives"] = [name for name in objectives if nsp or name != "nsp"]
         check_objectives(options["objectives"], weights)
         check_fractions(valid_fraction=valid_fraction)
@@ -172,7 +172,7 @@ def pretrain(
             options["steps"] = STEPS
         plans = [plan(options, start, number) for number in range(1, len(phases) + 1)] or [plan(options, start)]
     with claim(out, resume) as run:
-        with world.ahead():
+        with world.main_first():
             refuse_other_form(run.path, bool(phases))
             sides = open_sides(options, run.path / "data", tokenizer or (start and str(start)))
         begin = partial(save_options, run, "pretrain", options)
@@ -218,17 +218,17 @@ def learn_in_phases(plans: list[Plan], run: Run, sides: list, start: Path | None
 
     A phase was finished where the next one has a checkpoint; any other is gone through, which changes none that was.
     """
-    once, last = World.current().once, len(plans) - 1
+    on_main, last = World.current().on_main, len(plans) - 1
     folders = [run.path / f"phase-{number}" for number in range(1, len(plans) + 1)]
     decisive = [name for name in PHASED if name not in FREE]
     said = {str(number): pick(each.options, " ".join(decisive)) for number, each in enumerate(plans, 1)}
     same = {"phases": said, "preset": plans[0].options["model"]}
     backwards = reversed(range(len(plans)))  # what lies before the newest phase is not needed, nor read
-    reached = once(lambda: next((index for index in backwards if latest(folders[index])), 0))
+    reached = on_main(lambda: next((index for index in backwards if latest(folders[index])), 0))
     for index in range(reached, len(plans)):
         moments = None
         if index:
-            start = once(partial(newest, folders[: index + 1]))
+            start = on_main(partial(newest, folders[: index + 1]))
             moments = start if plans[index].config.optimizer == plans[index - 1].config.optimizer else None
         say(f"phase {index + 1} of {len(plans)}")
         with claim(folders[index], run.resume) as part:
@@ -258,7 +258,7 @@ def learn(
     )
     arch = {"causal": planned.causal} | options["arch"]
     network = new_network(options | {"arch": arch}, start, tokenizer, language_model(planned))
-    commonest = commonest_token(sides[0]) if world.leads else None
+    commonest = commonest_token(sides[0]) if world.is_main else None
     begin()
     for each in stores:
         say(describe(each))
@@ -277,7 +277,7 @@ def learn(
         settings=samples | pick(options, "valid_fraction backend") | {"data": source_of(stores, mix)} | settings,
         moments=moments,
     )
-    if world.leads:
+    if world.is_main:
         print_result(result.metrics | {"checkpoint": str(result.checkpoint)}, as_json=False)
     return result
 

@@ -123,14 +123,14 @@ def save(
     *,
     keep_last: int = 2,
     best: int | None = None,
-    once: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    on_main: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> Path:
     """Write a checkpoint, then remove those that are neither among the last `keep_last` nor that of step `best`.
 
     Args:
         step: number of optimizer steps done. A step that is already saved whole is left as it is.
         write: puts the files into the directory it is given.
-        once: where several processes save together, does in one of them what only one may do, see `World.once`;
+        on_main: where several processes save together, does on rank 0 what only one may do, see `World.on_main`;
             `write` is called in all.
     Returns:
         `run_dir/step-N`.
@@ -139,18 +139,18 @@ def save(
             possible, and every earlier checkpoint is as it was.
     """
     target = Path(run_dir) / f"step-{step}"
-    if once(lambda: not target.exists() or bool(is_damaged(target))):
-        _write(target, write, once)
-    once(lambda: _prune(target.parent, step, keep_last, best))
+    if on_main(lambda: not target.exists() or bool(is_damaged(target))):
+        _write(target, write, on_main)
+    on_main(lambda: _prune(target.parent, step, keep_last, best))
     return target
 
 
-def _write(target: Path, write: Callable[[Path], None], once: Callable[[Callable[[], Any]], Any]) -> None:
+def _write(target: Path, write: Callable[[Path], None], on_main: Callable[[Callable[[], Any]], Any]) -> None:
     partial = target.with_name(target.name + ".tmp")
     try:
-        once(lambda: _make_empty(partial))
+        on_main(lambda: _make_empty(partial))
         write(partial)
-        once(lambda: _finish(partial, target))
+        on_main(lambda: _finish(partial, target))
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError | SafetensorError):

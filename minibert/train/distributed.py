@@ -49,7 +49,7 @@ class World:
         return cls(distributed.get_rank(), distributed.get_world_size()) if joined else cls()
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def check(self, accumulate: int, **alone: bool) -> None:
@@ -57,17 +57,17 @@ class World:
 
         alone: options that are for one process only, by name.
         """
-        if (near := self.fill(accumulate)) != accumulate:
+        if (near := self.round_up(accumulate)) != accumulate:
             raise ValueError(f"accumulate={accumulate} is not divisible by {self.size} processes: use {near}")
         for name, value in alone.items():
             if value and self.size > 1:
                 raise ValueError(f"{name}=True is for one process, not for {self.size}: leave it out")
 
-    def fill(self, count: int) -> int:
+    def round_up(self, count: int) -> int:
         """The least number from `count` on of which every process gets as many."""
         return -(-count // self.size) * self.size
 
-    def place(self, device: torch.device) -> torch.device:
+    def local_device(self, device: torch.device) -> torch.device:
         """Where this process computes: of GPUs, the one of its LOCAL_RANK.
 
         Raises:
@@ -82,11 +82,11 @@ class World:
             raise ValueError(f"process {local} of this machine has no GPU: use --nproc-per-node {there}")
         return torch.device("cuda", local)
 
-    def host(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def prepare_model(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model as it lies in this process, changed in place."""
         return model.to(device)
 
-    def deal(self, data, cursor: int, count: int) -> tuple[list[Batch], int]:
+    def next_batches(self, data, cursor: int, count: int) -> tuple[list[Batch], int]:
         """The batches of this rank among the next `count`: number i is rank i % size's. And the cursor behind all."""
         mine = []
         for number in range(count):
@@ -97,8 +97,8 @@ class World:
                 cursor = data.skip(cursor)
         return mine, cursor
 
-    def weave(self, rows: Tensor) -> Tensor:
-        """[k, …] of each rank to [k * size, …] on all of them, in the order in which `deal` dealt."""
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """[k, …] of each rank to [k * size, …] on all of them, in the order of `next_batches`."""
         if self.size == 1:
             return rows
         table = rows.new_zeros(len(rows), self.size, *rows.shape[1:])
@@ -106,11 +106,11 @@ class World:
         distributed.all_reduce(table)  # each place is a value and zeros, so the sum is exact
         return table.flatten(0, 1)
 
-    def total(self, number: int) -> int:
+    def all_sum(self, number: int) -> int:
         """The sum over the ranks."""
-        return int(self.weave(torch.tensor([number])).sum())
+        return int(self.all_gather(torch.tensor([number])).sum())
 
-    def agree(self, signals: list[int]) -> list[int]:
+    def any_signal(self, signals: list[int]) -> list[int]:
         """What came to any rank, so that all stop after the same step; alone, the very list."""
         if self.size == 1:
             return signals
@@ -118,7 +118,7 @@ class World:
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
         return largest[largest > 0].tolist()
 
-    def once(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, where alone it is called; the others wait for it.
 
         Raises:
@@ -127,23 +127,23 @@ class World:
         if self.size == 1:
             return work()
         answer = None
-        with self.ahead(lambda: answer) as heard:
-            if self.leads:
+        with self.main_first(lambda: answer) as received:
+            if self.is_main:
                 answer = work()
-        return answer if self.leads else heard
+        return answer if self.is_main else received
 
     @contextlib.contextmanager
-    def ahead(self, say: Callable[[], Any] = lambda: None) -> Iterator[Any]:
+    def main_first(self, result: Callable[[], Any] = lambda: None) -> Iterator[Any]:
         """Rank 0 goes through the block before the others: what it makes they find, what it refuses they do not try.
 
         Args:
-            say: called on rank 0 behind the block; the others are given its result.
+            result: called on rank 0 behind the block; the other ranks get what it returns.
         Raises:
             PeerFailed: on the others, where the block raised on rank 0.
         """
         if self.size == 1:
             yield
-        elif self.leads:
+        elif self.is_main:
             try:
                 yield
             except BaseException:
@@ -151,14 +151,14 @@ class World:
                 with contextlib.suppress(RuntimeError):
                     _broadcast(None)
                 raise
-            _broadcast((say(),))
+            _broadcast((result(),))
         else:
             answer = _broadcast(None)
             if answer is None:
                 raise PeerFailed("rank 0 failed, and says why")
             yield answer[0]
 
-    def spread(self, losses: nn.Module, *example) -> nn.Module:
+    def prepare_losses(self, losses: nn.Module, *example) -> nn.Module:
         """`Losses` whose gradients are now means over the ranks; `example` is called with once, and without effect.
 
         An objective may leave out a head, whose parameters must stay without a gradient, as they do in one process:
@@ -174,7 +174,7 @@ class World:
             find_unused_parameters=any(gradient is None for gradient in found),
         )
 
-    def reducing(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    def gradient_sync(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch: gradients travel with the last one of a step only."""
         return contextlib.nullcontext() if last or self.size == 1 else module.no_sync()
 
@@ -184,16 +184,16 @@ class World:
 
     def measure(self, model: nn.Module, work: Callable[[], T]) -> T:
         """What `work`, which calls the model, returns on rank 0."""
-        return self.once(work)
+        return self.on_main(work)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def full_tensors(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Tensors like the model's, for rank 0 to write; every rank asks for them."""
         return tensors
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """A file of tensors, from all ranks together."""
         # not save_file, whose files only their owner may read
-        self.once(lambda: path.write_bytes(safetensors.torch.save(dict(tensors))))
+        self.on_main(lambda: path.write_bytes(safetensors.torch.save(dict(tensors))))
 
     def read(self, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `write` wrote, in this World or another, as far as this rank needs it.
@@ -288,4 +288,4 @@ def _local_rank() -> int:
 def claim(run_dir, resume: bool = False) -> Iterator[Run]:
     """`checkpoint.claim`, where there are several processes by rank 0 for all of them."""
     with contextlib.ExitStack() as stack:
-        yield World.current().once(lambda: stack.enter_context(checkpoint.claim(Path(run_dir), resume)))
+        yield World.current().on_main(lambda: stack.enter_context(checkpoint.claim(Path(run_dir), resume)))

@@ -138,8 +138,8 @@ class TrainingLoop:
         weights: Mapping[str, float] | None = None, moments: Path | None = None,
     ):  # fmt: skip
         self.world = World.current()
-        self.world.once(lambda: self.world.check(config.accumulate, **config.alone))
-        self.device = self.world.place(check_device(config.device))
+        self.world.on_main(lambda: self.world.check(config.accumulate, **config.alone))
+        self.device = self.world.local_device(check_device(config.device))
         if config.parallel == "fsdp" and self.world.size > 1:
             from .sharded import Sharded  # imports half a second of torch
 
@@ -149,7 +149,7 @@ class TrainingLoop:
         self.weights = dict(weights or {})
         settings = {"model": model.config.to_dict(), "weights": self.weights, **settings}
         self.saved = json.loads(json.dumps({"config": dataclasses.asdict(config), "settings": settings}))
-        directory, state = self.world.once(self._find) if run.resume else (None, None)
+        directory, state = self.world.on_main(self._find) if run.resume else (None, None)
         if directory is not None:
             if not self.adapted:
                 hub.load_into(model, directory)  # while it is whole
@@ -159,7 +159,7 @@ class TrainingLoop:
         for module in model.modules():
             if isinstance(module, Encoder):
                 module.recompute = config.checkpoint_activations
-        self.model = self.world.host(model, self.device)
+        self.model = self.world.prepare_model(model, self.device)
         betas = (config.beta1, config.beta2)
         self.optimizer = OPTIMIZERS[config.optimizer](model, config.lr, config.weight_decay, betas, config.eps)
         cut_by_depth(model, self.optimizer, config.layer_decay, config.unfreeze)
@@ -179,19 +179,19 @@ class TrainingLoop:
         if directory is not None:
             self.load(directory, state)
         if run.resume:
-            self.world.once(lambda: truncate_metrics(self.path / METRICS, self.step))
+            self.world.on_main(lambda: truncate_metrics(self.path / METRICS, self.step))
 
     def run(self) -> Result:
         """Train from where the state is to the last step."""
         config = self.config
         started, tokens, busy = time.monotonic(), 0, 0.0
-        leads = self.world.leads
-        with self.world.ahead():
-            log = MetricsLog(self.path / METRICS, config.writer) if leads else MetricsLog(os.devnull)
+        is_main = self.world.is_main
+        with self.world.main_first():
+            log = MetricsLog(self.path / METRICS, config.writer) if is_main else MetricsLog(os.devnull)
         with (
             open(os.devnull, "w") as silence,
             log,
-            Progress(config.steps, self.step, None if leads else silence) as progress,
+            Progress(config.steps, self.step, None if is_main else silence) as progress,
             listen() as signals,
         ):
             self.model.train()
@@ -203,7 +203,7 @@ class TrainingLoop:
                 values = self._backward(batches, weights)
                 # the host draws the next batches while the device still works on these
                 drawn = self._draw(cursor, self.step + 1)
-                came = self.world.agree(signals)
+                came = self.world.any_signal(signals)
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
@@ -214,7 +214,7 @@ class TrainingLoop:
                 improved = evaluated and self._evaluate()
                 self.over = self.over or self._is_stale()
                 if evaluated or "skipped" in record or self._due(config.log_every):
-                    speed = self.world.total(tokens) / busy
+                    speed = self.world.all_sum(tokens) / busy
                     timing = {"tokens_per_second": speed, "seconds": time.monotonic() - started}
                     record |= timing | ({f"eval_{k}": v for k, v in self.metrics.items()} if evaluated else {})
                     log.write(record)
@@ -222,12 +222,12 @@ class TrainingLoop:
                     tokens, busy = 0, 0.0
                 progress.advance(self.step)
                 if improved or came or self._due(config.save_every):
-                    if leads:
+                    if is_main:
                         log.sync()
                     self.save()
                 if came and not self.over:
                     self._stop(came[0])
-        came = self.world.agree(signals)
+        came = self.world.any_signal(signals)
         return Result(self.step, self.metrics, self.best, self.checkpoint, came[0] if came else None)
 
     def _due(self, every: int | None) -> bool:
@@ -244,11 +244,11 @@ class TrainingLoop:
 
     def _elapsed(self) -> float:
         """Seconds of this run, resumed or not, as far as its work was saved, by rank 0's clock; 0 without minutes."""
-        return 0.0 if self.config.minutes is None else self.world.once(lambda: time.monotonic() - self.started)
+        return 0.0 if self.config.minutes is None else self.world.on_main(lambda: time.monotonic() - self.started)
 
     def _begin(self):
         """Record the start, draw the first step, and let gradients be means over the ranks."""
-        self.world.once(lambda: record_run(self.path, self.step, self.saved))
+        self.world.on_main(lambda: record_run(self.path, self.step, self.saved))
         drawn = self._draw(self.cursor, self.step)
         self.work.begin(drawn[0][0], drawn[1][0])
         return drawn
@@ -257,9 +257,9 @@ class TrainingLoop:
         """This rank's micro-batches of a step, the share that each loss of all of them has in it, the next cursor."""
         config = self.config
         count = micro_batches(config.accumulate, config.ramp, config.progress(step, self._elapsed()))
-        batches, cursor = self.world.deal(self.data, cursor, self.world.fill(count))
+        batches, cursor = self.world.next_batches(self.data, cursor, self.world.round_up(count))
         counts, totals = [self.parts(batch) for batch in batches], Counter()
-        table = self.world.weave(torch.tensor([list(count.values()) for count in counts])).tolist()
+        table = self.world.all_gather(torch.tensor([list(count.values()) for count in counts])).tolist()
         counts = [dict(zip(counts[0], row, strict=True)) for row in table]
         for count in counts:
             totals.update(count)
@@ -304,11 +304,11 @@ class TrainingLoop:
         Names the samples of the micro-batches of these numbers, whoever has them.
         """
         spans = torch.stack([torch.stack([batch.seq_ids.min(), batch.seq_ids.max()]) for batch in batches])
-        spans = self.world.weave(spans)[numbers]
+        spans = self.world.all_gather(spans)[numbers]
         what = f"step {self.step + 1}: {fault} on samples {spans.min()} to {spans.max()}; no optimizer step was made"
         if not self.guard.passes():
             raise NonFiniteError(f"{what}: try a lower lr")
-        if self.world.leads:
+        if self.world.is_main:
             logger.warning(what)
 
     def _averaged(self):
@@ -345,20 +345,20 @@ class TrainingLoop:
         best = self.best and self.best["step"]
         keep_last = self.config.keep_last
         self.checkpoint = checkpoint.save(
-            self.path, self.step, self._write, keep_last=keep_last, best=best, once=self.world.once
+            self.path, self.step, self._write, keep_last=keep_last, best=best, on_main=self.world.on_main
         )
 
     def _write(self, directory: Path) -> None:
         world = self.world
         with self._averaged():
-            weights = world.whole(dict(self.model.named_parameters()))
-            world.once(lambda: self.model.save_pretrained(directory, self.tokenizer, weights))
+            weights = world.full_tensors(dict(self.model.named_parameters()))
+            world.on_main(lambda: self.model.save_pretrained(directory, self.tokenizer, weights))
             if self.adapted:
                 world.write(directory / LEARNED, learned(self.model))
             if self.average:
                 world.write(directory / TRAINED, self.average.trained())
         world.write(directory / OPTIMIZER, optimizer_state(self.model, self.optimizer))
-        world.once(lambda: self._describe(directory))
+        world.on_main(lambda: self._describe(directory))
 
     def _describe(self, directory: Path) -> None:
         """Write what a checkpoint holds beside tensors."""

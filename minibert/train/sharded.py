@@ -28,17 +28,17 @@ T = TypeVar("T")
 class Sharded(World):
     """A World of several processes none of which has the whole model."""
 
-    def host(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def prepare_model(self, model: nn.Module, device: torch.device) -> nn.Module:
         mesh = init_device_mesh(device.type, (self.size,))
         encoders = [module for module in model.modules() if isinstance(module, Encoder)]
         for block in (block for encoder in encoders for block in encoder.layers):
             fully_shard(block, mesh=mesh)
         return fully_shard(model, mesh=mesh)
 
-    def spread(self, losses: nn.Module, *example) -> nn.Module:
+    def prepare_losses(self, losses: nn.Module, *example) -> nn.Module:
         return losses
 
-    def reducing(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+    def gradient_sync(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         module.model.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
@@ -49,13 +49,13 @@ class Sharded(World):
         """Every rank works, because a forward pass needs the weights of all; what rank 0 gets is what counts."""
         result = work()
         model.reshard()  # embeddings and heads are whole after a forward pass, and would outlive a step
-        return self.once(lambda: result)
+        return self.on_main(lambda: result)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result = {}
         for name, tensor in tensors.items():
             full = tensor.full_tensor()
-            if self.leads:
+            if self.is_main:
                 result[name] = full.cpu()
         return result
 
@@ -66,10 +66,10 @@ class Sharded(World):
         try:
             checkpoint.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(path.parent, save_distributed=True))
         except CheckpointException as error:
-            if not self.leads:
+            if not self.is_main:
                 raise PeerFailed("a share of the checkpoint was not written: rank 0 says why") from None
             raise next(iter(error.failures.values()))[0] from None
-        self.once(lambda: name_shares(path))
+        self.on_main(lambda: name_shares(path))
 
     def read(self, path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = super().read(path, parameters)

@@ -50,7 +50,7 @@ class EagerStep:
     def begin(self, batch: Batch, share: dict[str, float]) -> None:
         """Let gradients be means over the ranks; a batch of the first step shows which parameters have one."""
         with autocast(self.config, self.device):
-            self.losses = self.world.spread(self.losses, batch.to(self.device), self.config.seed, list(share))
+            self.losses = self.world.prepare_losses(self.losses, batch.to(self.device), self.config.seed, list(share))
 
     def gradients(self, step: int, batches: list[Batch], shares: list[dict[str, float]]) -> Tensor:
         """Leave the clipped gradient of a step in the parameters, from smaller pieces where memory runs out.
@@ -82,7 +82,7 @@ class EagerStep:
             factors = {name: part * self.weights.get(name, 1.0) * world.size for name, part in share.items()}
             total = torch.zeros(len(share), device=self.device)
             for piece, own in self._cut(batch):
-                with world.reducing(self.losses, last=batch is batches[-1]):
+                with world.gradient_sync(self.losses, last=batch is batches[-1]):
                     with autocast(self.config, self.device):
                         means = self.losses(piece.to(self.device), seed, list(share))
                     sum(means[name] * (own[name] * factor) for name, factor in factors.items()).backward()
@@ -91,7 +91,7 @@ class EagerStep:
         if self.config.unfreeze:
             drop_frozen(self.optimizer, self.progress())
         norm = world.clip(self.model, self.config.clip or math.inf)
-        return torch.cat([norm.float()[None], world.weave(torch.stack(losses)).flatten()])
+        return torch.cat([norm.float()[None], world.all_gather(torch.stack(losses)).flatten()])
 
     def _cut(self, batch: Batch) -> Iterator[tuple[Batch, dict[str, float]]]:
         """The pieces of a micro-batch, and the share that each has in its losses."""

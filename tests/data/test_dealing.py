@@ -32,7 +32,7 @@ def share(make, world, worker, workers):
     data, cursor, made = make(), 0, []
     for turn in range(BATCHES // world.size):
         if turn % workers == worker:
-            [batch], cursor = world.deal(data, cursor, world.size)
+            [batch], cursor = world.next_batches(data, cursor, world.size)
             made.append((fields(batch), cursor))
         else:
             for _ in range(world.size):
@@ -53,7 +53,7 @@ def worked(sender, *arguments):
 
 
 def dealt(make, size, workers):
-    """The batches of all ranks woven as `World.weave` weaves; each worker of each rank is a process of its own."""
+    """The batches of all ranks in the order of `World.all_gather`; each worker of each rank is a process of its own."""
     context, running = multiprocessing.get_context("fork"), {}
     for rank in range(size):
         for worker in range(workers):

@@ -174,7 +174,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(alone, tmp_pat
 def test_two_processes_resumed_equal_two_that_never_stopped(tmp_path):
     def work(world):
         train_tiny(tmp_path / "whole")
-        world.total(1)  # the lock is free
+        world.all_sum(1)  # the lock is free
         train_tiny(tmp_path / "cut", data=Stream("pretraining", SIZES, crash_at(117 if world.rank else 112)))
 
     assert [failed.kind for failed in together(2, work, tmp_path / "a")] == ["Crash", "Crash"]
@@ -245,19 +245,21 @@ def test_what_the_first_process_refuses_ends_the_others(tmp_path, what):
 def test_alone_nothing_is_reduced():
     world = World.current()
     rows, signals = torch.ones(2), []
-    assert world == World(0, 1) and world.leads
-    assert world.weave(rows) is rows and world.agree(signals) is signals and world.once(lambda: rows) is rows
-    assert world.total(3) == 3 and world.place(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert world == World(0, 1) and world.is_main
+    assert (
+        world.all_gather(rows) is rows and world.any_signal(signals) is signals and world.on_main(lambda: rows) is rows
+    )
+    assert world.all_sum(3) == 3 and world.local_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_a_machine_with_fewer_gpus_than_processes_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU: use --nproc-per-node 2"):
-        World(2, 4).place(torch.device("cuda"))
+        World(2, 4).local_device(torch.device("cuda"))
     with pytest.raises(ValueError, match="device='cuda:0' is one GPU for 4 processes: use device=cuda, each its own"):
-        World(2, 4).place(torch.device("cuda:0"))
-    assert World(2, 4).place(torch.device("cpu")) == torch.device("cpu")
+        World(2, 4).local_device(torch.device("cuda:0"))
+    assert World(2, 4).local_device(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_verbs_for_one_process_refuse_to_be_several(monkeypatch, capsys):

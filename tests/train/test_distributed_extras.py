@@ -43,7 +43,7 @@ def test_average_guard_and_patience_are_those_of_one_process(tmp_path, caplog):
 
     def work(world):
         # the second process has no evaluation to offer
-        weights = train_with_all(tmp_path / "two", losses if world.leads else [], steps=20, patience=2)
+        weights = train_with_all(tmp_path / "two", losses if world.is_main else [], steps=20, patience=2)
         return weights, caplog.text.count("no optimizer step was made")
 
     (first, warnings), (second, others) = together(2, work, tmp_path / "output")
@@ -70,7 +70,7 @@ def test_two_processes_with_all_of_it_resume_bit_for_bit(tmp_path):
 
     def work(world):
         train_with_all(tmp_path / "whole", accumulate=4, ramp=0.5)
-        world.total(1)  # the lock is free
+        world.all_sum(1)  # the lock is free
         train_with_all(tmp_path / "cut", before=crash, accumulate=4, ramp=0.5)
 
     assert [failed.kind for failed in together(2, work, tmp_path / "a")] == ["Crash", "Crash"]

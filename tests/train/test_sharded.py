@@ -85,7 +85,7 @@ def test_two_processes_resumed_equal_two_that_never_stopped(tmp_path, optimizer)
 
     def work(world):
         train_shares(tmp_path / "whole", **options)
-        world.total(1)  # the lock is free
+        world.all_sum(1)  # the lock is free
         train_shares(tmp_path / "cut", data=Stream("pretraining", SIZES, crash), **options)
 
     assert [failed.kind for failed in together(2, work, tmp_path / "a")] == ["Crash", "Crash"]
@@ -121,7 +121,7 @@ def test_an_optimizer_without_moments_resumes_too(tmp_path):
 )
 def test_a_run_goes_on_in_another_number_of_processes_and_divided_or_not(tmp_path, alone, before, after):
     def stop(cursor):
-        if World.current().leads and cursor == 56:
+        if World.current().is_main and cursor == 56:
             os.kill(os.getpid(), signal.SIGTERM)
 
     stream = Stream("pretraining", SIZES, stop)
@@ -141,7 +141,7 @@ def test_factors_of_frozen_weights_are_divided_too_and_go_on_in_another_number_o
         return network
 
     def stop(cursor):
-        if World.current().leads and cursor == 56:
+        if World.current().is_main and cursor == 56:
             os.kill(os.getpid(), signal.SIGTERM)
 
     stream, path = Stream("pretraining", SIZES, stop), tmp_path / "run"
