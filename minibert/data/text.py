@@ -189,14 +189,23 @@ def _json_rows(file: Path, column: str, bad) -> Iterator[str]:
 
 def _json_text(line: str, where: str, column: str) -> str:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: broken JSON, expected one object a line: {json_reason(error)}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        row = json_object(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if column not in row:
         raise unknown_column(where, column, row)
     return _as_text(row[column], where, column)
+
+
+def json_object(line: str) -> dict:
+    """The object that a line holds."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON, expected one object a line: {json_reason(error)}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def json_reason(error: Exception) -> str:

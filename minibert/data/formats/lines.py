@@ -1,11 +1,10 @@
 """A record a line: JSON objects, CoLA's columns, and sentences with 0 or 1."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..records import SHOWN, Bad, Record
-from ..text import json_reason, number_lines
+from ..text import number_lines
 from .tables import columns_of
 
 
@@ -26,16 +25,6 @@ def by_line(fields_of: Callable[[str], dict]):
                 yield record
 
     return read
-
-
-def jsonl_fields(line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON, expected one object a line: {json_reason(error)}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    return row
 
 
 def cola_fields(line: str) -> dict:
