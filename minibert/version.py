@@ -1,3 +1,3 @@
-"""The version of minibert, for whoever must not import the whole package."""
+"""The version, in a file of its own, so that no module imports `minibert/__init__`."""
 
 __version__ = "0.1.0"

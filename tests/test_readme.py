@@ -54,7 +54,9 @@ def test_the_python_of_the_readme_runs(number, saved_model, capsys):
         assert names["probabilities"].shape == (2, 2)
         assert len(capsys.readouterr().out.splitlines()) == 2
     elif "states" in names:
+        padding = names["texts"]["attention_mask"] == 0
         assert names["states"].shape[::2] == (2, names["model"].config.hidden_size)
+        assert padding.any() and not names["states"][padding].any()
     else:
         assert type(names["model"].encoder.layers[0].ffn).__name__ == "ReluSquared"
 

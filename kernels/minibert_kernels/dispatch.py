@@ -149,7 +149,8 @@ def check_floating(**tensors) -> None:
 
 
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict:
-    """What `backend="auto"` runs for `op` on tensors of `device`, why, and the file of each implementation."""
+    """What `backend="auto"` runs for `op`, of `minibert_kernels`, on tensors of `device`, why, and the file of each
+    implementation."""
     if op not in TRITON_OPS:
         return {
             "runs": "reference",

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from ..config import one_of
 from .formats import READERS
-from .formats.documents import read_document
-from .formats.lines import by_line
-from .formats.tables import columns_of, words_of
-from .formats.tagged import SNIPS_FILES
+from .formats.documents import CLINC_PARTS, read_document
+from .formats.lines import by_line, split_columns
+from .formats.tagged import SNIPS_FILES, split_words
 from .records import Bad, Record
 from .text import as_paths, read_lines, refuse, suffix_of
 
@@ -22,7 +21,6 @@ STEMS = {
     "valid": ("valid", "dev", "validation", "val"),
     "test": ("test", "test_file_full"),
 }
-CLINC_PARTS = {"train": ("train", "oos_train"), "valid": ("val", "oos_val"), "test": ("test", "oos_test")}
 TAG = re.compile(r"O|[BIES]-\S+")
 LINES = "lines"  # the form of plain text, of which no label is known
 
@@ -147,7 +145,7 @@ def _start(path: Path) -> list[str]:
 
 
 def _tsv_format(path: Path) -> str:
-    start = [columns_of(line) for line in _start(path)[:1]]
+    start = [split_columns(line) for line in _start(path)[:1]]
     return "cola" if start and len(start[0]) == 4 and start[0][1] in ("0", "1") and start[0][2] in ("", "*") else "tsv"
 
 
@@ -169,7 +167,7 @@ def _txt_format(path: Path) -> str:
         return "semeval"
     if re.search(r"\t[01]\s*$", start[0]):
         return "uci"
-    rows = [words_of(line) for line in start if not line.startswith("-DOCSTART-")][:2]
+    rows = [split_words(line) for line in start if not line.startswith("-DOCSTART-")][:2]
     # two of one width: a single line may be a text that ends as a tag does
     columns = [len(row) for row in rows if len(row) > 1 and TAG.fullmatch(row[-1])]
     return "conll" if len(columns) == 2 and columns[0] == columns[1] else LINES

@@ -120,13 +120,13 @@ class Bert(nn.Module):
         Args:
             lengths: int64 [B], the tokens of each sequence. draw: (high, *shape) to integers below high.
         Raises:
-            ValueError: nothing is learned here.
+            ValueError: the model has no head to train.
         """
         raise ValueError(f"{cls.objective} has no head to train: use mode='infer'")
 
     @classmethod
     def example_inputs(cls, lengths: Tensor) -> dict[str, Tensor]:
-        """What a batch needs beside its tokens, likewise, for inference too."""
+        """Further fields that a batch of this head needs, in training and in inference."""
         return {}
 
     @classmethod

@@ -305,6 +305,7 @@ class BertForSentenceEmbedding(BertModel):
     """
 
     objective = "BertForSentenceEmbedding"
+    in_transformers = False
 
     def __init__(self, config: BertConfig, *, backend: str = "auto"):
         super().__init__(config, add_pooler=False, backend=backend)
@@ -329,11 +330,12 @@ class BertForSentenceEmbedding(BertModel):
 
 def example_classes(config: BertConfig, count: int, draw: Callable[..., Tensor]) -> dict[str, Tensor]:
     """Targets of `classification_loss`, of the kind that config says."""
-    kind = problem_type(config, draw(2, count))
+    classes = draw(config.num_labels, count)
+    kind = problem_type(config, classes)
     if kind == "single_label_classification":
-        return {"labels": draw(config.num_labels, count)}
-    shape = (count, config.num_labels) if kind == "multi_label_classification" else (count,)
-    return {"labels": draw(2, *shape).float()}
+        return {"labels": classes}
+    one = kind == "regression" and config.num_labels == 1
+    return {"labels": draw(2, *((count,) if one else (count, config.num_labels))).float()}
 
 
 def mean_tokens(x: Tensor, ctx: Context) -> Tensor:

@@ -98,7 +98,8 @@ class World:
         return mine, cursor
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """[k, …] of each rank to [k * size, …] on all of them, in the order of `next_batches`."""
+        """[k, …] of each rank to [k * size, …] on all of them, interleaved as `next_batches` does: row i * size + r is
+        row i of rank r."""
         if self.size == 1:
             return rows
         table = rows.new_zeros(len(rows), self.size, *rows.shape[1:])
@@ -106,11 +107,11 @@ class World:
         distributed.all_reduce(table)  # each place is a value and zeros, so the sum is exact
         return table.flatten(0, 1)
 
-    def all_sum(self, number: int) -> int:
+    def all_reduce_sum(self, number: int) -> int:
         """The sum over the ranks."""
         return int(self.all_gather(torch.tensor([number])).sum())
 
-    def any_signal(self, signals: list[int]) -> list[int]:
+    def gather_signals(self, signals: list[int]) -> list[int]:
         """What came to any rank, so that all stop after the same step; alone, the very list."""
         if self.size == 1:
             return signals
@@ -137,7 +138,7 @@ class World:
         """Rank 0 goes through the block before the others: what it makes they find, what it refuses they do not try.
 
         Args:
-            result: called on rank 0 behind the block; the other ranks get what it returns.
+            result: called on rank 0 after the block; the other ranks get what it returns.
         Raises:
             PeerFailed: on the others, where the block raised on rank 0.
         """

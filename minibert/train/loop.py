@@ -203,7 +203,7 @@ class TrainingLoop:
                 values = self._backward(batches, weights)
                 # the host draws the next batches while the device still works on these
                 drawn = self._draw(cursor, self.step + 1)
-                came = self.world.any_signal(signals)
+                came = self.world.gather_signals(signals)
                 record = self._update(batches, weights, values)
                 self.step, self.cursor = self.step + 1, cursor
                 tokens, busy = tokens + sum(batch.num_tokens for batch in batches), busy + time.monotonic() - begun
@@ -214,7 +214,7 @@ class TrainingLoop:
                 improved = evaluated and self._evaluate()
                 self.over = self.over or self._is_stale()
                 if evaluated or "skipped" in record or self._due(config.log_every):
-                    speed = self.world.all_sum(tokens) / busy
+                    speed = self.world.all_reduce_sum(tokens) / busy
                     timing = {"tokens_per_second": speed, "seconds": time.monotonic() - started}
                     record |= timing | ({f"eval_{k}": v for k, v in self.metrics.items()} if evaluated else {})
                     log.write(record)
@@ -227,7 +227,7 @@ class TrainingLoop:
                     self.save()
                 if came and not self.over:
                     self._stop(came[0])
-        came = self.world.any_signal(signals)
+        came = self.world.gather_signals(signals)
         return Result(self.step, self.metrics, self.best, self.checkpoint, came[0] if came else None)
 
     def _due(self, every: int | None) -> bool:

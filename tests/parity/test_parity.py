@@ -391,3 +391,8 @@ def test_the_report_of_another_architecture_is_refused_by_name(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged|model_type='roberta' is not bert"):
         parity(tmp_path)
+
+
+def test_a_head_says_whether_transformers_has_it():
+    for name, kind in MODELS.items():
+        assert kind.in_transformers == hasattr(transformers, name)

@@ -97,8 +97,8 @@ def test_a_run_is_the_same_in_any_number_of_processes(alone, tmp_path, size):
     one, order, weights = alone
     results = together(size, lambda world: train_tiny(tmp_path / "run", model=make_model("pretraining")), tmp_path)
     # the first pass of each only looks which parameters are used
-    woven = [ids for turn in zip(*(seen[1:] for seen, _ in results), strict=True) for ids in turn]
-    assert woven == order and len({len(ids) for ids in order}) == 3
+    gathered = [ids for turn in zip(*(seen[1:] for seen, _ in results), strict=True) for ids in turn]
+    assert gathered == order and len({len(ids) for ids in order}) == 3
     assert_logs_are_close(one, tmp_path / "run")
     assert_weights_are_close(weights, results[0][1])
     for _, others in results[1:]:
@@ -174,7 +174,7 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(alone, tmp_pat
 def test_two_processes_resumed_equal_two_that_never_stopped(tmp_path):
     def work(world):
         train_tiny(tmp_path / "whole")
-        world.all_sum(1)  # the lock is free
+        world.all_reduce_sum(1)  # the lock is free
         train_tiny(tmp_path / "cut", data=Stream("pretraining", SIZES, crash_at(117 if world.rank else 112)))
 
     assert [failed.kind for failed in together(2, work, tmp_path / "a")] == ["Crash", "Crash"]
@@ -247,9 +247,11 @@ def test_alone_nothing_is_reduced():
     rows, signals = torch.ones(2), []
     assert world == World(0, 1) and world.is_main
     assert (
-        world.all_gather(rows) is rows and world.any_signal(signals) is signals and world.on_main(lambda: rows) is rows
+        world.all_gather(rows) is rows
+        and world.gather_signals(signals) is signals
+        and world.on_main(lambda: rows) is rows
     )
-    assert world.all_sum(3) == 3 and world.local_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert world.all_reduce_sum(3) == 3 and world.local_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_a_machine_with_fewer_gpus_than_processes_is_refused(monkeypatch):

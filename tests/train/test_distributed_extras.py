@@ -70,7 +70,7 @@ def test_two_processes_with_all_of_it_resume_bit_for_bit(tmp_path):
 
     def work(world):
         train_with_all(tmp_path / "whole", accumulate=4, ramp=0.5)
-        world.all_sum(1)  # the lock is free
+        world.all_reduce_sum(1)  # the lock is free
         train_with_all(tmp_path / "cut", before=crash, accumulate=4, ramp=0.5)
 
     assert [failed.kind for failed in together(2, work, tmp_path / "a")] == ["Crash", "Crash"]

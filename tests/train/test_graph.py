@@ -31,7 +31,7 @@ class Crash(Exception):
 
 
 def trainer(run_dir, kind="pretraining", *, graphed, data=None, resume=False, model=None, evaluate=None, **changes):
-    """A `Trainer` on the CPU, where the graphed step runs as it does on a GPU, but is not captured."""
+    """A `TrainingLoop` on the CPU, where the graphed step runs as it does on a GPU, but is not captured."""
     model, data = model or make_model(kind), data or Stream(kind, SIZES)
     made = TrainingLoop(model, data, evaluate, make_config(**changes), Run(run_dir, resume), None, KINDS[kind][1], {})
     if graphed:

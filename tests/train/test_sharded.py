@@ -85,7 +85,7 @@ def test_two_processes_resumed_equal_two_that_never_stopped(tmp_path, optimizer)
 
     def work(world):
         train_shares(tmp_path / "whole", **options)
-        world.all_sum(1)  # the lock is free
+        world.all_reduce_sum(1)  # the lock is free
         train_shares(tmp_path / "cut", data=Stream("pretraining", SIZES, crash), **options)
 
     assert [failed.kind for failed in together(2, work, tmp_path / "a")] == ["Crash", "Crash"]

@@ -8,6 +8,8 @@ from typing import Any
 from ..records import SHOWN, Bad, Record
 from ..text import json_reason, read_lines, unknown_column
 
+CLINC_PARTS = {"train": ("train", "oos_train"), "valid": ("val", "oos_val"), "test": ("test", "oos_test")}
+
 
 def read_document(path: Path) -> dict:
     """A file that is one JSON object."""

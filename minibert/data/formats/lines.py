@@ -5,7 +5,10 @@ from pathlib import Path
 
 from ..records import SHOWN, Bad, Record
 from ..text import number_lines
-from .tables import columns_of
+
+
+def split_columns(line: str) -> list[str]:
+    return line.rstrip("\r\n").split("\t")
 
 
 def by_line(fields_of: Callable[[str], dict]):
@@ -28,7 +31,7 @@ def by_line(fields_of: Callable[[str], dict]):
 
 
 def cola_fields(line: str) -> dict:
-    columns = columns_of(line)
+    columns = split_columns(line)
     if len(columns) != 4:
         raise ValueError(f"{len(columns)} fields, expected source, label, mark and sentence")
     return dict(zip(("source", "label", "mark", "text"), columns, strict=True))

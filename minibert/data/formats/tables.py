@@ -1,20 +1,10 @@
 """Tables: csv, tsv and parquet."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..records import SHOWN, Bad, Record
 from ..text import need_pyarrow, suffix_of, table_rows
-
-
-def words_of(line: str) -> list[str]:
-    """What stands between blanks and tabs; other white space, as published sets have it, is part of a word."""
-    return re.findall(r"[^ \t\r\n]+", line)
-
-
-def columns_of(line: str) -> list[str]:
-    return line.rstrip("\r\n").split("\t")
 
 
 def read_table(path: Path, bad: Bad) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """Tokens with tags: CoNLL's columns, and SNIPS's folders of three files."""
 
+import re
 from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -7,9 +8,13 @@ from typing import Any
 
 from ..records import Bad, Record
 from ..text import number_lines
-from .tables import words_of
 
 SNIPS_FILES = ("seq.in", "seq.out", "label")
+
+
+def split_words(line: str) -> list[str]:
+    """What stands between blanks and tabs; other white space, as published sets have it, is part of a word."""
+    return re.findall(r"[^ \t\r\n]+", line)
 
 
 def read_snips(path: Path, bad: Bad) -> Iterator[Record]:
@@ -24,11 +29,11 @@ def read_snips(path: Path, bad: Bad) -> Iterator[Record]:
         if ended:
             raise ValueError(f"{ended[0]}:{number}: no such line, which {', '.join(names)} need for each sentence")
         found = dict(zip(names, texts, strict=True))
-        fields: dict[str, Any] = {"tokens": (tokens := words_of(found["seq.in"]))}
+        fields: dict[str, Any] = {"tokens": (tokens := split_words(found["seq.in"]))}
         if "label" in found:
             fields["label"] = found["label"].strip()
         if "seq.out" in found:
-            fields["tags"] = tags = words_of(found["seq.out"])
+            fields["tags"] = tags = split_words(found["seq.out"])
             if len(tags) != len(tokens):
                 bad(ValueError(f"{path / 'seq.out'}:{number}: {len(tags)} tags, seq.in has {len(tokens)} tokens"))
                 continue
@@ -39,7 +44,7 @@ def read_conll(path: Path, bad: Bad) -> Iterator[Record]:
     """Of a token, or of columns of which the first is a token and the last its tag."""
     width = 0
     for sentence in _sentences(number_lines(path, bad)):
-        rows = [(number, words_of(line)) for number, line in sentence if line is not None]
+        rows = [(number, split_words(line)) for number, line in sentence if line is not None]
         width = width or max((len(words) for _, words in rows[:1]), default=0)
         wrong = next(((number, words) for number, words in rows if len(words) != width), None)
         if wrong:
@@ -54,7 +59,7 @@ def _sentences(lines: Iterator[tuple[int, str | None]]) -> Iterator[list[tuple[i
     """The numbered lines between blank ones and the marks of a document's start."""
     sentence = []
     for number, line in lines:
-        if line is None or (words_of(line) and not line.startswith("-DOCSTART-")):
+        if line is None or (split_words(line) and not line.startswith("-DOCSTART-")):
             sentence.append((number, line))
         elif sentence:
             yield sentence
