@@ -1,18 +1,15 @@
-"""Published files and folders of labelled text: which format a file has, and which files are which split."""
+"""Published files and folders of labelled text: which files are which split."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-from ..config import one_of
-from .formats import READERS
+from .formats import FORMATS, LINES, READERS, format_of, is_snips
 from .formats.documents import CLINC_PARTS, read_document
-from .formats.lines import by_line, split_columns
-from .formats.tagged import SNIPS_FILES, split_words
+from .formats.lines import by_line
 from .records import Bad, Record
-from .text import as_paths, read_lines, refuse, suffix_of
+from .text import as_paths, refuse, suffix_of
 
 SHARD = re.compile(r"-\d+-of-\d+$")
 # the names that files of a split have; the last two are those of SemEval-2010 task 8
@@ -21,8 +18,6 @@ STEMS = {
     "valid": ("valid", "dev", "validation", "val"),
     "test": ("test", "test_file_full"),
 }
-TAG = re.compile(r"O|[BIES]-\S+")
-LINES = "lines"  # the form of plain text, of which no label is known
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def find_splits(path) -> dict[str, Source]:
         return {"train": Source((path, *others))}
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder")
-    if not path.is_dir() or _is_snips(path):
+    if not path.is_dir() or is_snips(path):
         return _clinc_splits(path) if format_of(path) == "clinc150" else {"train": Source((path,))}
     shown = [place for place in sorted(path.iterdir()) if not place.name.startswith(".")]
     places = [shown, [file for place in shown if place.is_dir() for file in sorted(place.iterdir())]]
@@ -94,7 +89,7 @@ def _only(folder: Path, split: str, places: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _may_be_labelled(place: Path) -> bool:
-    return _is_snips(place) if place.is_dir() else suffix_of(place) in FORMATS
+    return is_snips(place) if place.is_dir() else suffix_of(place) in FORMATS
 
 
 def _is_labelled(place: Path) -> bool:
@@ -104,88 +99,12 @@ def _is_labelled(place: Path) -> bool:
         return False
 
 
-def _is_snips(place: Path) -> bool:
-    return (place / "seq.in").is_file()
-
-
 def _clinc_splits(path: Path) -> dict[str, Source]:
     keys = read_document(path)
     parts = {split: tuple(key for key in names if key in keys) for split, names in CLINC_PARTS.items()}
     return {split: Source((path,), part) for split, part in parts.items() if part}
 
 
-def format_of(path: Path) -> str:
-    """The container that a file or folder is, a key of `READERS` or `LINES`: by its suffix and, where needed, its first
-    lines.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if not _is_snips(path):
-            raise ValueError(f"{path}: a folder without {SNIPS_FILES[0]}, expected a file")
-        return "snips"
-    suffix = suffix_of(path)
-    one_of(f"{path}: file type", suffix, FORMATS)
-    if suffix == ".parquet" and path.suffix.lower() != suffix:
-        raise ValueError(f"{path}: parquet is compressed inside: unpack the file")
-    known = FORMATS[suffix]
-    return known if isinstance(known, str) else known(path)
-
-
 def _base(path: Path) -> str:
     """The name without suffixes, and without the number that one file of several has."""
     return SHARD.sub("", path.name.lower().partition(suffix_of(path) or "\0")[0])
-
-
-def _start(path: Path) -> list[str]:
-    """The first few lines that are not blank."""
-    return list(islice((line for line in read_lines(path, bad=lambda error: None) if line.strip()), 9))
-
-
-def _tsv_format(path: Path) -> str:
-    start = [split_columns(line) for line in _start(path)[:1]]
-    return "cola" if start and len(start[0]) == 4 and start[0][1] in ("0", "1") and start[0][2] in ("", "*") else "tsv"
-
-
-# the first key of an object, behind others that hold a string or a number, and the bracket that it opens
-FIRST_LIST = re.compile(r'\s*\{\s*(?:"\w+"\s*:\s*(?:"[^"]*"|[\d.]+)\s*,\s*)*"(\w+)"\s*:\s*\[')
-
-
-def _json_format(path: Path) -> str:
-    match = FIRST_LIST.match("".join(_start(path)))
-    key = match[1] if match else None
-    return "squad" if key == "data" else "clinc150" if key in sum(CLINC_PARTS.values(), ()) else "jsonl"
-
-
-def _txt_format(path: Path) -> str:
-    start = _start(path)
-    if not start:
-        raise ValueError(f"{path}: it holds no records")
-    if re.match(r'\d+\t"', start[0]):
-        return "semeval"
-    if re.search(r"\t[01]\s*$", start[0]):
-        return "uci"
-    rows = [split_words(line) for line in start if not line.startswith("-DOCSTART-")][:2]
-    # two of one width: a single line may be a text that ends as a tag does
-    columns = [len(row) for row in rows if len(row) > 1 and TAG.fullmatch(row[-1])]
-    return "conll" if len(columns) == 2 and columns[0] == columns[1] else LINES
-
-
-# what a suffix stands for, or the function that looks into the file
-FORMATS = {
-    ".csv": "csv",
-    ".tsv": _tsv_format,
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": _json_format,
-    ".parquet": "parquet",
-    ".txt": _txt_format,
-    ".conll": "conll",
-    ".iob": "conll",
-    ".bio": "conll",
-    ".train": "conll",  # as in eng.train, eng.testa and eng.testb of CoNLL-2003
-    ".testa": "conll",
-    ".testb": "conll",
-}

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minibert.data.formats import READERS
+from minibert.data.formats import READERS, format_of
 from minibert.data.records import Record, as_records, label_of, text_of, texts_in
-from minibert.data.sources import Source, find_splits, format_of
+from minibert.data.sources import Source, find_splits
 
 
 def put(path, content):
