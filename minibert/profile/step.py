@@ -12,6 +12,7 @@ from ..batch import Batch, pack
 from ..config import BertConfig
 from ..model import MODELS
 from ..train import OPTIMIZERS
+from ..train.step import autocast
 
 LR, CLIP = 1e-4, 1.0
 
@@ -63,7 +64,7 @@ class Step:
     ):  # fmt: skip
         self.model, self.batch, self.mark, self.number = model.train(mode == "train"), batch, mark, 0
         self.device = next(model.parameters()).device
-        self.half = dtype == "bfloat16"
+        self.dtype = dtype
         self.optimizer = OPTIMIZERS[optimizer](model, LR) if mode == "train" else None
 
     def __call__(self) -> None:
@@ -72,10 +73,8 @@ class Step:
         self.number += 1
 
     def autocast(self):
-        if self.device.type == "meta":
-            return contextlib.nullcontext()
-        narrow = next(self.model.parameters()).dtype != torch.float32  # weights that need no cast at each call
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half and not narrow)
+        whole = next(self.model.parameters()).dtype == torch.float32  # else they need no cast at each call
+        return autocast(self.dtype if whole else "float32", self.device)
 
     def infer(self) -> None:
         with self.mark("forward"), torch.inference_mode(), self.autocast():

@@ -50,7 +50,7 @@ class GraphedStep:
             slot = self._load(0, batch, share)
         except ValueError as error:
             raise ValueError(f"cuda_graph=True: {error}") from None
-        with autocast(self.config, self.device):
+        with autocast(self.config.dtype, self.device):
             means = self.losses(slot.inputs.batch, slot.inputs.beside["seeds"], slot.names)
         found = torch.autograd.grad(sum(means.values()), self.parameters, allow_unused=True)
         for p, gradient in zip(self.parameters, found, strict=True):
@@ -104,7 +104,7 @@ class Slot:
 
     def _backward(self) -> None:
         step, beside = self.step, self.inputs.beside
-        with autocast(step.config, step.device):
+        with autocast(step.config.dtype, step.device):
             means = step.losses(self.inputs.batch, beside["seeds"], self.names)
         sum(
             means[name] * factor for name, factor in zip(self.names, beside["factors"].unbind(), strict=True)

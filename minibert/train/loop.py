@@ -323,7 +323,7 @@ class TrainingLoop:
         """Evaluate; true where the result is the best so far."""
         config = self.config
         self.model.eval()
-        with torch.no_grad(), autocast(self.config, self.device):
+        with torch.no_grad(), autocast(self.config.dtype, self.device):
             self.metrics = self.world.measure(self.model, self._measure)
         self.model.train()
         if config.best_metric is None:

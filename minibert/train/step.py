@@ -23,10 +23,11 @@ DROPOUT = 0xD809  # the key of dropout: the data draws under the same seed with 
 logger = logging.getLogger(__name__)
 
 
-def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
+def autocast(dtype: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast to bfloat16 where dtype says so, "float32" or "bfloat16"."""
     if device.type == "meta":  # which has none; a step runs there to be looked at
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 class EagerStep:
@@ -49,7 +50,7 @@ class EagerStep:
 
     def begin(self, batch: Batch, share: dict[str, float]) -> None:
         """Let gradients be means over the ranks; a batch of the first step shows which parameters have one."""
-        with autocast(self.config, self.device):
+        with autocast(self.config.dtype, self.device):
             self.losses = self.world.prepare_losses(self.losses, batch.to(self.device), self.config.seed, list(share))
 
     def gradients(self, step: int, batches: list[Batch], shares: list[dict[str, float]]) -> Tensor:
@@ -83,7 +84,7 @@ class EagerStep:
             total = torch.zeros(len(share), device=self.device)
             for piece, own in self._cut(batch):
                 with world.gradient_sync(self.losses, last=batch is batches[-1]):
-                    with autocast(self.config, self.device):
+                    with autocast(self.config.dtype, self.device):
                         means = self.losses(piece.to(self.device), seed, list(share))
                     sum(means[name] * (own[name] * factor) for name, factor in factors.items()).backward()
                 total += torch.stack([own[name] * mean.detach().float() for name, mean in means.items()])
