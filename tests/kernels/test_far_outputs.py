@@ -122,7 +122,11 @@ def integers_nobody_wrote():
         yield
 
 
-@pytest.mark.parametrize("name", CALLS)
+# the activations are one kernel
+MARKS = dict.fromkeys(("bias_gelu", "bias_swiglu"), [pytest.mark.slow, pytest.mark.product])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CALLS])
 def test_the_last_of_2_31_elements_are_the_bits_of_the_first(name):
     results, launches = run(CALLS[name])
     far = {key: result for key, result in results.items() if result.numel() > FAR}

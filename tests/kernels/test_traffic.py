@@ -11,6 +11,7 @@ from minibert_kernels._triton import tl, triton
 pytestmark = pytest.mark.skipif(not dispatch.interpreting(), reason="counts in the interpreter")
 
 
+@pytest.mark.slow  # `make xray` holds them to the same limits
 @pytest.mark.parametrize("case", traffic.cases(), ids=lambda case: f"{case.op} {case.label}")
 def test_default_plans_move_hardly_more_than_the_minimum(case):
     found = traffic.count(case)
