@@ -10,12 +10,12 @@ import torch
 
 from ._triton import AVAILABLE, triton
 from .dispatch import interpreting
+from .op import PLAIN
 
 _COMPILATION = (
     "instrumentation_mode",
     "fpsan_homomorphic_casts",
 )  # knobs that change the code; not all Tritons have all
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def _kinds(args):
@@ -31,7 +31,7 @@ def _kinds(args):
         elif isinstance(value, tuple):
             add(kind)
             kinds += _kinds(value)
-        elif kind in _PLAIN or isinstance(value, torch.Tensor):  # which costs the host as much as all the rest
+        elif kind in PLAIN or isinstance(value, torch.Tensor):  # of a subclass: a slow question
             add(value.dtype)
             add(value.data_ptr() & 15)
         else:

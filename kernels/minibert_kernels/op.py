@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch.autograd import forward_ad
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class Op:
@@ -100,4 +100,4 @@ def _traced(args):
 @cache
 def plain(kinds: frozenset[type]) -> bool:
     """Whether none of these types is a subclass of Tensor that torch dispatches on, as fake tensors and DTensor are."""
-    return all(kind in _PLAIN or not issubclass(kind, torch.Tensor) for kind in kinds)
+    return all(kind in PLAIN or not issubclass(kind, torch.Tensor) for kind in kinds)
